@@ -1,0 +1,541 @@
+"""Denoised Non-Local network for semantic segmentation (Song, Li, Guo, Huang), in one file.
+
+The paper's equations are functions, the modules over them hold the parameters. Copy this file alone into any project:
+it needs torch and nothing else, and does nothing on import.
+
+    net = build(replace(PAPER, num_classes=19))             # a whole network
+    block = DenoisedNonLocal(channels=256, num_classes=19)  # or the block, F (B, C, H, W) -> F' of the same shape
+
+Symbols, channel-first, N = H*W: Q, K (B, C', N), V (B, C, N), P (B, n, N); a map A is (B, N, N), its row j the
+receiving pixel; S_l is (B, k*k, N). `size` is always (H, W).
+
+Two routes give the same F'. The map route (`denoised_maps`) makes A, A', A'' as Section III tells it, with F.unfold;
+it defines what is right, and draws pictures of chosen pixels. The value route (`denoised_attention`) is what networks run. LR is
+linear in A' and its window slides over the keys, so it can act on the values instead: A''V = A'V~. A row of A' is
+complete when its query is, so queries go in chunks and no N x N map is ever kept, forward or backward.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+# ---------------------------------------------------------------------------------------------- the paper's equations
+
+
+def affinity(q: Tensor, k: Tensor) -> Tensor:
+    """A = softmax over the keys of Q_j . K_i, unscaled (eq. 4). q (B, C', R), k (B, C', N) -> (B, R, N), rows sum to 1.
+
+    R = N for the whole map, or fewer columns of Q for chosen query pixels. Computed in fp32 or better.
+    """
+    q, k = _at_least_fp32(q), _at_least_fp32(k)
+    with _no_autocast(q):
+        return torch.bmm(q.transpose(1, 2), k).softmax(-1)
+
+
+def class_affinity(p: Tensor, queries: Tensor | None = None) -> Tensor:
+    """P_class = sigmoid(P^T P) (Section III-D): near 1 where two pixels are of one class. p (B, n, N) -> (B, R, N).
+
+    queries: (R,) indices of the query pixels, all N by default.
+    """
+    p = _at_least_fp32(p)
+    rows = p if queries is None else p[:, :, queries]
+    with _no_autocast(p):
+        return torch.bmm(rows.transpose(1, 2), p).sigmoid()
+
+
+def global_rectify(a: Tensor, p_class: Tensor) -> Tensor:
+    """GR: A' = A * P_class, element-wise and not renormalised (Section III-E). Both (B, R, N)."""
+    return a * p_class
+
+
+def local_similarity(q: Tensor, k: Tensor, size: tuple[int, int], kernel: int = 3) -> Tensor:
+    """S_l[d, p] = sigmoid(Q_p . K_{p+d}) for the kernel*kernel offsets d around p, K zero-padded (Section III-E).
+
+    q, k (B, C', N) -> (B, kernel*kernel, N) in (0, 1), offsets in row-major order.
+    """
+    q, k = _at_least_fp32(q), _at_least_fp32(k)
+    near = F.unfold(k.unflatten(2, size), kernel, padding=kernel // 2)  # (B, C'*k*k, N)
+    near = near.unflatten(1, (k.shape[1], kernel * kernel))  # (B, C', k*k, N)
+    with _no_autocast(q):
+        return torch.einsum("bcn,bcdn->bdn", q, near).sigmoid()
+
+
+def local_retention(a: Tensor, s: Tensor, size: tuple[int, int], kernel: int = 3) -> Tensor:
+    """LR: A''[j, p] = sum_d S_l[d, p] A'[j, p+d], A' zero-padded (Section III-E). The window slides over the keys.
+
+    a (B, R, N), s (B, kernel*kernel, N) -> (B, R, N).
+    """
+    near = F.unfold(a.unflatten(2, size), kernel, padding=kernel // 2)  # (B, R*k*k, N)
+    near = near.unflatten(1, (a.shape[1], kernel * kernel))  # (B, R, k*k, N)
+    return (near * s[:, None]).sum(2)
+
+
+def spread_values(v: Tensor, s: Tensor, size: tuple[int, int], kernel: int = 3) -> Tensor:
+    """V~[r] = sum_d S_l[d, r-d] V[r-d]: LR moved from the map onto the values, the adjoint of `local_retention`.
+
+    v (B, C, N), s (B, kernel*kernel, N) -> V~ (B, C, N) with local_retention(A', s) V = A' V~.
+    """
+    return _Spread.apply(v, s.to(v.dtype), size, kernel)
+
+
+def denoised_maps(q: Tensor, k: Tensor, p: Tensor | None, size: tuple[int, int], kernel: int = 3,
+                  queries: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The map route: A, A' and A'' (Fig. 4), each (B, R, N), for the R query pixels of the (R,) indices `queries`.
+
+    All N by default, at about 20 maps of memory. p None: no GR, so A' is A. kernel 0: no LR, so A'' is A'.
+    """
+    a = affinity(q if queries is None else q[:, :, queries], k)
+    rectified = a if p is None else global_rectify(a, class_affinity(p, queries))
+    if not kernel:
+        return a, rectified, rectified
+    return a, rectified, local_retention(rectified, local_similarity(q, k, size, kernel), size, kernel)
+
+
+def denoised_attention(q: Tensor, k: Tensor, v: Tensor, p: Tensor | None, size: tuple[int, int], kernel: int = 3,
+                       chunk: int | None = None) -> Tensor:
+    """The value route: A''V (the sum in eq. 3), (B, C, N), in memory linear in N, forward and backward.
+
+    q, k (B, C', N), v (B, C, N), p (B, n, N) or None for no GR; kernel 0 for no LR. chunk: query pixels at a time, chosen
+    from N, batch and device by default; the result does not depend on it beyond rounding. Logits, softmax and sigmoids
+    are fp32 or better whatever autocast says, the product with V~ is of v's type. Differentiable once.
+    """
+    if kernel:
+        v = spread_values(v, local_similarity(q, k, size, kernel), size, kernel)
+    chunk = chunk or default_chunk(q.shape[0], q.shape[2], q.device.type)
+    return _RectifiedAttention.apply(q, k, v, p, chunk)
+
+
+def default_chunk(batch: int, n: int, device: str) -> int:
+    """Query pixels at a time so that one (B, chunk, N) fp32 map is 2 MiB on a CPU, to stay in its cache, else 256 MiB."""
+    if torch.compiler.is_compiling() and not isinstance(n, int):
+        return n  # a loop over an unknown size cannot be exported: one chunk of all
+    elements = 2**19 if device == "cpu" else 2**26
+    return max(1, min(n, elements // max(1, batch * n)))
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    """Logits of trained networks reach 1e4, where bf16 steps by 64 and fp16 overflows."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _windows(size: tuple[int, int], kernel: int) -> list[tuple[slice, slice]]:
+    """For each offset d, where p + d falls in a plane padded by kernel // 2."""
+    H, W = size
+    return [(slice(y, y + H), slice(x, x + W)) for y in range(kernel) for x in range(kernel)]
+
+
+class _Spread(torch.autograd.Function):
+    """V~ by k*k shifted adds into one padded plane: no unfolded copy of V, no saved product."""
+
+    @staticmethod
+    def forward(ctx, v, s, size, kernel):
+        ctx.save_for_backward(v, s)
+        ctx.size, ctx.kernel = size, kernel
+        (H, W), r = size, kernel // 2
+        plane = v.unflatten(2, size)  # (B, C, H, W)
+        out = torch.empty_like(F.pad(plane, (r, r, r, r))).zero_()  # keeps v's memory format
+        for d, (y, x) in enumerate(_windows(size, kernel)):
+            out[:, :, y, x].addcmul_(s[:, d, None].unflatten(2, size), plane)
+        return out[:, :, r:r + H, r:r + W].flatten(2)  # (B, C, N)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        v, s = ctx.saved_tensors
+        r, plane = ctx.kernel // 2, v.unflatten(2, ctx.size)
+        padded = F.pad(grad.unflatten(2, ctx.size), (r, r, r, r))
+        grad_v, grad_s = torch.zeros_like(plane), torch.empty_like(s)
+        for d, (y, x) in enumerate(_windows(ctx.size, ctx.kernel)):
+            grad_v.addcmul_(s[:, d, None].unflatten(2, ctx.size), padded[:, :, y, x])
+            grad_s[:, d] = (plane * padded[:, :, y, x]).sum(1).flatten(1)
+        return grad_v.flatten(2), grad_s, None, None
+
+
+class _RectifiedAttention(torch.autograd.Function):
+    """A'V by chunks of queries, A' = softmax(Q^T K) * sigmoid(P^T P). Saves its inputs; the backward makes each chunk again."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, p, chunk):
+        ctx.save_for_backward(q, k, v, p)
+        ctx.chunk = chunk
+        B, C, N = v.shape
+        out = v.new_empty(B, N, C)
+        q, k, p, values = _operands(q, k, v, p)
+        with _no_autocast(q):
+            for j in range(0, N, chunk):
+                rows = slice(j, j + chunk)
+                a, gate = _chunk_maps(q, k, p, rows)
+                if gate is not None:
+                    a *= gate
+                out[:, rows] = torch.bmm(a.to(values.dtype), values.transpose(1, 2))
+        return out.transpose(1, 2)  # (B, C, N)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        inputs = ctx.saved_tensors
+        q, k, p, v = _operands(*inputs)
+        gq, gk, gp, gv = (None if x is None else torch.zeros_like(x) for x in (q, k, p, v))
+        grad = grad.to(v.dtype)
+        with _no_autocast(q):
+            for j in range(0, v.shape[2], ctx.chunk):
+                rows = slice(j, j + ctx.chunk)
+                a, gate = _chunk_maps(q, k, p, rows)
+                g = torch.bmm(grad[:, :, rows].transpose(1, 2), v).to(a.dtype)  # dL/dA', (B, c, N)
+                rectified = a if gate is None else a * gate
+                gv += torch.bmm(grad[:, :, rows], rectified.to(v.dtype))
+                if gate is not None:
+                    gl = (g * rectified).mul_(1 - gate)  # through the sigmoid
+                    gp += torch.bmm(p[:, :, rows], gl)
+                    gp[:, :, rows] += torch.bmm(p, gl.transpose(1, 2))
+                    g *= gate
+                g -= (g * a).sum(-1, keepdim=True)  # through the softmax
+                g *= a
+                gq[:, :, rows] = torch.bmm(k, g.transpose(1, 2))
+                gk += torch.bmm(q[:, :, rows], g)
+        grads = (gq, gk, gv, gp)
+        return *(None if g is None else g.to(x.dtype) for g, x in zip(grads, inputs)), None
+
+
+def _operands(q, k, v, p):
+    """q, k, p and v as the products take them. Attention weights of 1/N underflow in fp16, so there v is widened."""
+    values = _at_least_fp32(v) if v.dtype is torch.float16 else v
+    return _at_least_fp32(q), _at_least_fp32(k), None if p is None else _at_least_fp32(p), values
+
+
+def _chunk_maps(q, k, p, rows):
+    """The chunk's rows of A and of P_class (None without GR), (B, c, N)."""
+    a = torch.bmm(q[:, :, rows].transpose(1, 2), k).softmax(-1)
+    return a, None if p is None else torch.bmm(p[:, :, rows].transpose(1, 2), p).sigmoid_()
+
+
+# -------------------------------------------------------------------------------------------------- the block
+
+
+class DenoisedNonLocal(nn.Module):
+    """F' = gamma A''V + F (eq. 3), to drop into any network: (B, channels, H, W) -> the same shape.
+
+    Q, K and V are 1x1 convolutions of F without bias; gamma starts at 0, so a fresh block is the identity. GR's P is a
+    1x1 convolution of F, or whatever (B, n, H, W) the caller hands to `forward`; with num_classes 0 it must be handed.
+    """
+
+    def __init__(self, channels: int, num_classes: int, *, key_channels: int | None = None, kernel: int = 3,
+                 gr: bool = True, lr: bool = True) -> None:
+        super().__init__()
+        key_channels = key_channels or max(1, channels // 8)
+        self.gr, self.kernel = gr, kernel if lr else 0
+        if self.kernel and self.kernel % 2 == 0:
+            raise ValueError(f"kernel {kernel}: LR's window needs an odd size")
+        self.query = nn.Conv2d(channels, key_channels, 1, bias=False)
+        self.key = nn.Conv2d(channels, key_channels, 1, bias=False)
+        self.value = nn.Conv2d(channels, channels, 1, bias=False)
+        self.coarse = nn.Conv2d(channels, num_classes, 1) if gr and num_classes else None
+        self.gamma = nn.Parameter(torch.zeros(1))
+
+    def inputs(self, f: Tensor, p: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Q, K, V and P (None without GR) of F, each (B, ., N): the arguments of `denoised_attention`."""
+        if self.gr and p is None:
+            if self.coarse is None:
+                raise ValueError("GR without num_classes: hand forward the class predictions p (B, n, H, W)")
+            p = self.coarse(f)
+        return (self.query(f).flatten(2), self.key(f).flatten(2), self.value(f).flatten(2),
+                p.flatten(2) if self.gr else None)
+
+    def forward(self, f: Tensor, p: Tensor | None = None) -> Tensor:
+        """f (B, C, H, W), p (B, n, H, W) to use in the place of the module's own prediction -> F' (B, C, H, W)."""
+        q, k, v, p = self.inputs(f, p)
+        size = tuple(f.shape[2:])
+        return self.gamma * denoised_attention(q, k, v, p, size, self.kernel).unflatten(2, size) + f
+
+
+# ------------------------------------------------------------------------------------------------- the backbone
+
+
+def conv3x3(inputs: int, outputs: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
+    """A 3x3 convolution that keeps the size (at stride 1), without bias, for a BatchNorm to follow."""
+    return nn.Conv2d(inputs, outputs, 3, stride, padding=dilation, dilation=dilation, bias=False)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut (ResNet-18 and 34; the paper's Reduction)."""
+
+    expansion = 1
+
+    def __init__(self, inputs: int, width: int, stride: int = 1, dilation: int = 1, shortcut: nn.Module | None = None) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = conv3x3(inputs, width, stride, dilation), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = conv3x3(width, width, 1, dilation), nn.BatchNorm2d(width)
+        self.downsample = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = self.bn2(self.conv2(y))
+        return F.relu(y + (x if self.downsample is None else self.downsample(x)), inplace=True)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 (with the stride and the dilation), 1x1 convolutions and a shortcut (ResNet-50 and 101)."""
+
+    expansion = 4
+
+    def __init__(self, inputs: int, width: int, stride: int = 1, dilation: int = 1, shortcut: nn.Module | None = None) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = conv3x3(width, width, stride, dilation), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = nn.Conv2d(width, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width)
+        self.downsample = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = F.relu(self.bn2(self.conv2(y)), inplace=True)
+        y = self.bn3(self.conv3(y))
+        return F.relu(y + (x if self.downsample is None else self.downsample(x)), inplace=True)
+
+
+LAYOUTS = {"resnet18": (BasicBlock, (2, 2, 2, 2)), "resnet34": (BasicBlock, (3, 4, 6, 3)),
+           "resnet50": (Bottleneck, (3, 4, 6, 3)), "resnet101": (Bottleneck, (3, 4, 23, 3))}
+IMAGENET = {"resnet18": "resnet18-f37072fd", "resnet34": "resnet34-b627a593",
+            "resnet50": "resnet50-0676ba61", "resnet101": "resnet101-63fe2227"}
+
+
+class ResNet(nn.Module):
+    """A ResNet dilated to stride 8: image (B, 3, H, W) -> (res2, res3, X), all about H/8 x W/8.
+
+    Parameter names are torchvision's (deep stem: those of PyTorch-Encoding's `resnet101s`), without `fc`. Layer3 has
+    dilation 2; layer4 has 4, or 4, 8, 16 with `multi_grid`. `recompute` drops each block's activations and makes them again
+    in the backward.
+    """
+
+    def __init__(self, name: str, *, deep_stem: bool = False, multi_grid: bool = False) -> None:
+        super().__init__()
+        if name not in LAYOUTS:
+            raise ValueError(f"backbone {name!r}: expected one of {', '.join(LAYOUTS)}")
+        block, depths = LAYOUTS[name]
+        stem = 128 if deep_stem else 64
+        self.conv1 = self._deep_stem() if deep_stem else nn.Conv2d(3, stem, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem)
+        grid = [4, 8, 16] if multi_grid else [4]
+        plan = [(64, 1, [1]), (128, 2, [1]), (256, 1, [2]), (512, 1, grid)]  # width, stride, dilations in turn
+        for i, ((width, stride, dilations), depth) in enumerate(zip(plan, depths), 1):
+            inputs = stem if i == 1 else plan[i - 2][0] * block.expansion
+            setattr(self, f"layer{i}", self._layer(block, inputs, width, depth, stride, dilations))
+        self.channels = tuple(width * block.expansion for width in (128, 256, 512))
+        self.recompute = False
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+
+    @staticmethod
+    def _deep_stem() -> nn.Sequential:
+        return nn.Sequential(conv3x3(3, 64, 2), nn.BatchNorm2d(64), nn.ReLU(inplace=True),
+                             conv3x3(64, 64), nn.BatchNorm2d(64), nn.ReLU(inplace=True), conv3x3(64, 128))
+
+    @staticmethod
+    def _layer(block, inputs: int, width: int, depth: int, stride: int, dilations: list[int]) -> nn.Sequential:
+        outputs, shortcut = width * block.expansion, None
+        if stride != 1 or inputs != outputs:
+            shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        blocks = [block(inputs, width, stride, dilations[0], shortcut)]
+        blocks += [block(outputs, width, 1, dilations[i % len(dilations)]) for i in range(1, depth)]
+        return nn.Sequential(*blocks)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(image)), inplace=True), 3, 2, 1)
+        features = []
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            for block in layer:
+                x = self._recomputed(block, x) if self.recompute and self.training else block(x)
+            features.append(x)
+        return features[1], features[2], features[3]
+
+    @staticmethod
+    def _recomputed(block: nn.Module, x: Tensor) -> Tensor:
+        return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _still_statistics(block)))
+
+
+@contextmanager
+def _still_statistics(module: nn.Module):
+    """Batch statistics as in training, the running ones left alone: the second forward of a step must not count twice."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for m in norms:
+        m.track_running_stats = False
+    try:
+        yield
+    finally:
+        for m in norms:
+            m.track_running_stats = True
+
+
+# -------------------------------------------------------------------------------------------------- the network
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole network as plain values. PAPER is what the text says, RELEASED what the authors' model is.
+
+    context: dnl, nl (no GR, no LR), none (Table II's baseline), or the name of a factory that `build` is handed. gr, lr and
+    kernel switch the parts of dnl. p_from: GR's P is a 1x1 convolution of F ("feature", raw) or the softmax of the res3 head
+    ("res3"). p_supervised: P joins the outputs of training. aux_conv: the auxiliary heads are 3x3 + 1x1, not 1x1. refine:
+    a 3x3 convolution follows the block.
+    """
+
+    num_classes: int = 19
+    backbone: str = "resnet101"
+    context: str = "dnl"
+    gr: bool = True
+    lr: bool = True
+    kernel: int = 3
+    channels: int = 512
+    p_from: str = "feature"
+    p_supervised: bool = False
+    aux_conv: bool = False
+    refine: bool = False
+    global_context: bool = True
+    deep_stem: bool = False
+    multi_grid: bool = False
+    dropout: float = 0.0
+
+
+PAPER = Config()
+RELEASED = replace(PAPER, p_from="res3", aux_conv=True, refine=True, global_context=False, deep_stem=True,
+                   multi_grid=True, dropout=0.05)
+
+
+def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, C, h, w) -> (B, C, H, W), bilinear with align_corners, as everywhere in the network."""
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
+
+
+def _head(inputs: int, width: int, num_classes: int, dropout: float) -> nn.Sequential:
+    return nn.Sequential(conv3x3(inputs, width), nn.BatchNorm2d(width), nn.ReLU(inplace=True), nn.Dropout2d(dropout),
+                         nn.Conv2d(width, num_classes, 1))
+
+
+class Network(nn.Module):
+    """Fig. 3: backbone, Reduction, Denoised NL, segmentation head, auxiliary heads (Section III-B, III-F)."""
+
+    def __init__(self, config: Config, context: nn.Module) -> None:
+        super().__init__()
+        c, n, C = config, config.num_classes, config.channels
+        self.config = config
+        self.backbone = ResNet(c.backbone, deep_stem=c.deep_stem, multi_grid=c.multi_grid)
+        res2, res3, X = self.backbone.channels
+        shortcut = nn.Sequential(conv3x3(C, C, 2), nn.BatchNorm2d(C), nn.ReLU(inplace=True))
+        self.reduce = nn.Sequential(conv3x3(X, C), nn.BatchNorm2d(C), nn.ReLU(inplace=True))
+        self.down = BasicBlock(C, C, 2, shortcut=shortcut)
+        self.context = context
+        self.refine = (nn.Sequential(conv3x3(C, C), nn.BatchNorm2d(C), nn.ReLU(inplace=True)) if c.refine
+                       else nn.Identity())
+        self.pool = nn.Conv2d(X, C, 1) if c.global_context else None
+        self.head = _head(X + C + (C if c.global_context else 0), C, n, c.dropout)
+        self.aux2 = _head(res2, res2 // 8, n, c.dropout) if c.aux_conv else nn.Conv2d(res2, n, 1)
+        self.aux3 = _head(res3, res3 // 2, n, c.dropout) if c.aux_conv else nn.Conv2d(res3, n, 1)
+
+    def features(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """res2, res3, X at stride 8, F at stride 16, and P at F's size (None where the context takes none)."""
+        res2, res3, x = self.backbone(image)
+        f = self.down(self.reduce(x))
+        p = None
+        if isinstance(self.context, DenoisedNonLocal) and self.context.gr:
+            own = self.config.p_from == "feature"
+            p = self.context.coarse(f) if own else resize(self.aux3(res3), f.shape[2:]).softmax(1)
+        return res2, res3, x, f, p
+
+    def forward(self, image: Tensor, full_size: bool = True) -> Tensor | tuple[Tensor, ...]:
+        """image (B, 3, H, W), normalised -> logits (B, n, H, W); in training a tuple of them and the auxiliary ones.
+
+        Auxiliary: res2, res3, and P where the configuration supervises it (eq. 5). full_size False leaves each at its
+        own size (stride 8; P 16), for a loss that resizes image by image. Any H, W.
+        """
+        res2, res3, x, f, p = self.features(image)
+        f = self.context(f) if p is None else self.context(f, p)
+        parts = [x, self.refine(resize(f, x.shape[2:]))]
+        if self.pool is not None:
+            parts.append(self.pool(x.mean((2, 3), keepdim=True)).expand(-1, -1, *x.shape[2:]))
+        outputs = [self.head(torch.cat(parts, 1))]
+        if self.training:
+            outputs += [self.aux2(res2), self.aux3(res3)] + ([p] if self.config.p_supervised else [])
+        if full_size:
+            outputs = [resize(o, image.shape[2:]) for o in outputs]
+        return tuple(outputs) if self.training else outputs[0]
+
+
+def build(config: Config, context: Callable[[int, int], nn.Module] | None = None) -> Network:
+    """The network of a configuration, on torch's default device, its weights drawn from torch's generator.
+
+    context: the factory (channels, num_classes) -> module that `config.context` names, where it is not dnl, nl or none.
+    Raises ValueError for an unknown backbone, p_from or context, or for a supervised P that does not exist.
+    """
+    c = config
+    dnl = c.context in ("dnl", "nl")
+    gr, lr = (c.gr, c.lr) if c.context == "dnl" else (False, False)
+    if c.p_from not in ("feature", "res3"):
+        raise ValueError(f"p_from {c.p_from!r}: expected 'feature' or 'res3'")
+    if c.p_supervised and not (gr and c.p_from == "feature"):
+        raise ValueError("a supervised P needs GR with P from the feature (preset paper)")
+    if not dnl and c.context != "none" and context is None:
+        raise ValueError(f"context {c.context!r}: expected dnl, nl, none, or its factory beside the configuration")
+    if dnl:
+        module = DenoisedNonLocal(c.channels, c.num_classes if c.p_from == "feature" else 0, kernel=c.kernel, gr=gr, lr=lr)
+    else:
+        module = nn.Identity() if c.context == "none" else context(c.channels, c.num_classes)
+    return Network(c, module)
+
+
+# ---------------------------------------------------------------------------------------------------- weights
+
+
+def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Load `state` into `module`, or raise ValueError that lists the missing, unexpected and misshapen keys.
+
+    `num_batches_tracked` may be missing, as in files older than it. source: what the error calls the state.
+    """
+    own = module.state_dict()
+    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
+    unexpected = [k for k in state if k not in own]
+    shapes = [f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}" for k in own
+              if k in state and state[k].shape != own[k].shape]
+    if missing or unexpected or shapes:
+        lists = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        raise ValueError(f"{source} does not fit: " + "; ".join(f"{name}: {', '.join(keys)}" for name, keys in lists if keys))
+    module.load_state_dict(state, strict=False)
+
+
+def load_backbone(backbone: ResNet, name: str, weights: str) -> None:
+    """Fill the backbone with ImageNet weights: downloaded ("imagenet", torchvision's, by torch.hub, hash checked) or from a file.
+
+    name: resnet18 ... resnet101. The file's `fc` is left out; any other mismatch is a ValueError that lists the keys.
+    """
+    if weights == "imagenet":
+        if not isinstance(backbone.conv1, nn.Conv2d):
+            raise ValueError("weights imagenet: those files have the plain stem; give a file in the layout of resnet101s")
+        url = f"https://download.pytorch.org/models/{IMAGENET[name]}.pth"
+        state = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True)
+    else:
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+    load_strict(backbone, {k: v for k, v in state.items() if not k.startswith("fc.")}, f"weights {weights}")
+
+
+def from_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The authors' parameter names to those of `build(RELEASED)`. Their `interp` repeats the shortcut of `down_sample`."""
+    names = {"conv.": "reduce.", "down_sample.": "down.", "dnl.gamma": "context.gamma", "dnl.conv1.": "context.query.",
+             "dnl.conv2.": "context.key.", "dnl.conv3.": "context.value.", "dnl.conv.": "refine.",
+             "dnl.conv_out3.conv.": "aux3.", "conv_out2.conv.": "aux2.", "conv_out1.conv.": "head."}
+    renamed = {}
+    for key, value in state.items():
+        key = key.removeprefix("module.")
+        if not key.startswith("interp."):
+            old = next((o for o in names if key.startswith(o)), "")
+            renamed[names.get(old, "") + key[len(old):]] = value
+    return renamed
