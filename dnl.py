@@ -34,8 +34,8 @@ def affinity(q: Tensor, k: Tensor) -> Tensor:
 
     R = N for the whole map, or fewer columns of Q for chosen query pixels. Computed in fp32 or better.
     """
-    q, k = _at_least_fp32(q), _at_least_fp32(k)
-    with _no_autocast(q):
+    q, k = at_least_fp32(q), at_least_fp32(k)
+    with no_autocast(q):
         return torch.bmm(q.transpose(1, 2), k).softmax(-1)
 
 
@@ -44,9 +44,9 @@ def class_affinity(p: Tensor, queries: Tensor | None = None) -> Tensor:
 
     queries: (R,) indices of the query pixels, all N by default.
     """
-    p = _at_least_fp32(p)
+    p = at_least_fp32(p)
     rows = p if queries is None else p[:, :, queries]
-    with _no_autocast(p):
+    with no_autocast(p):
         return torch.bmm(rows.transpose(1, 2), p).sigmoid()
 
 
@@ -60,10 +60,10 @@ def local_similarity(q: Tensor, k: Tensor, size: tuple[int, int], kernel: int = 
 
     q, k (B, C', N) -> (B, kernel*kernel, N) in (0, 1), offsets in row-major order.
     """
-    q, k = _at_least_fp32(q), _at_least_fp32(k)
+    q, k = at_least_fp32(q), at_least_fp32(k)
     near = F.unfold(k.unflatten(2, size), kernel, padding=kernel // 2)  # (B, C'*k*k, N)
     near = near.unflatten(1, (k.shape[1], kernel * kernel))  # (B, C', k*k, N)
-    with _no_autocast(q):
+    with no_autocast(q):
         return torch.einsum("bcn,bcdn->bdn", q, near).sigmoid()
 
 
@@ -120,13 +120,14 @@ def default_chunk(batch: int, n: int, device: str) -> int:
     return max(1, min(n, elements // max(1, batch * n)))
 
 
-def _at_least_fp32(x: Tensor) -> Tensor:
-    """Logits of trained networks reach 1e4, where bf16 steps by 64 and fp16 overflows."""
+def at_least_fp32(x: Tensor) -> Tensor:
+    """x, widened where it is bf16 or fp16: logits of trained networks reach 1e4, where bf16 steps by 64 and fp16 overflows."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _no_autocast(x: Tensor) -> torch.autocast:
-    return torch.autocast(x.device.type, enabled=False)
+def no_autocast(x: Tensor) -> torch.autocast:
+    """A block in which autocast leaves the types as they are. x: a tensor of the device in question."""
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)  # autocast knows no meta device
 
 
 def _windows(size: tuple[int, int], kernel: int) -> list[tuple[slice, slice]]:
@@ -172,7 +173,7 @@ class _RectifiedAttention(torch.autograd.Function):
         B, C, N = v.shape
         out = v.new_empty(B, N, C)
         q, k, p, values = _operands(q, k, v, p)
-        with _no_autocast(q):
+        with no_autocast(q):
             for j in range(0, N, chunk):
                 rows = slice(j, j + chunk)
                 a, gate = _chunk_maps(q, k, p, rows)
@@ -188,7 +189,7 @@ class _RectifiedAttention(torch.autograd.Function):
         q, k, p, v = _operands(*inputs)
         gq, gk, gp, gv = (None if x is None else torch.zeros_like(x) for x in (q, k, p, v))
         grad = grad.to(v.dtype)
-        with _no_autocast(q):
+        with no_autocast(q):
             for j in range(0, v.shape[2], ctx.chunk):
                 rows = slice(j, j + ctx.chunk)
                 a, gate = _chunk_maps(q, k, p, rows)
@@ -210,8 +211,8 @@ class _RectifiedAttention(torch.autograd.Function):
 
 def _operands(q, k, v, p):
     """q, k, p and v as the products take them. Attention weights of 1/N underflow in fp16, so there v is widened."""
-    values = _at_least_fp32(v) if v.dtype is torch.float16 else v
-    return _at_least_fp32(q), _at_least_fp32(k), None if p is None else _at_least_fp32(p), values
+    values = at_least_fp32(v) if v.dtype is torch.float16 else v
+    return at_least_fp32(q), at_least_fp32(k), None if p is None else at_least_fp32(p), values
 
 
 def _chunk_maps(q, k, p, rows):

@@ -1,0 +1,758 @@
+"""Data sets, augmentation and loading for the Denoised Non-Local network.
+
+A training sample is a function of (seed, epoch, index) alone, whatever the workers, ranks or restarts. Labels are
+train ids 0..n-1, IGNORE (255) where there is none.
+
+    python data.py check --data synthetic|cityscapes|ade20k|folder [--root DIR] [--split S] [--workers N] [--json]
+
+Layouts beneath --root:
+    cityscapes  leftImg8bit/{train,val,test}/CITY/*_leftImg8bit.png    gtFine/{train,val}/CITY/*_gtFine_labelIds.png
+    ade20k      images/{training,validation}/*.jpg                     annotations/{training,validation}/*.png
+    folder      images/{train,val,test}/** (any image)                 labels/{train,val,test}/**.png, classes.txt
+    synthetic   none: scenes made in memory
+"""
+
+import argparse
+import colorsys
+import fcntl
+import hashlib
+import json
+import math
+import os
+import re
+import signal
+import stat
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+IGNORE = 255
+SPLITS = ("train", "val", "trainval", "test")
+MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet, 0..255
+PAD = (124, 116, 104)  # MEAN, rounded: close to 0 once normalized
+
+
+class DataError(ValueError):
+    """Unusable input, as one line: the file, what was got, what was expected and how to mend it."""
+
+
+def show(path: Path | str) -> str:
+    """A file's name for a message; quoted and escaped where it would break the line or cannot be printed."""
+    return str(path) if str(path).isprintable() else repr(str(path))
+
+
+def palette(n: int) -> tuple[tuple[int, int, int], ...]:
+    """n fixed colours (R, G, B), 0..255: hues by the golden ratio, so that neighbours differ."""
+    hsv = ((i * 0.618034 % 1, (0.85, 0.5, 0.7)[i % 3], (0.95, 0.75, 0.5)[i // 3 % 3]) for i in range(n))
+    return tuple(tuple(round(255 * v) for v in colorsys.hsv_to_rgb(*x)) for x in hsv)
+
+
+# ---- settings and classes
+
+@dataclass(frozen=True)
+class Settings:
+    """Training settings of a data set. batch: total over all ranks. relative: the scale is that of the short side to
+    the crop (ADE20K) and not that of the image. channels: C of the paper, of the reduced feature."""
+    lr: float
+    weight_decay: float
+    crop: int
+    batch: int
+    epochs: int
+    backbone: str
+    channels: int = 512
+    relative: bool = False
+
+
+SETTINGS = {  # cityscapes and ade20k: the paper's, section IV
+    "synthetic": Settings(1e-2, 1e-4, 128, 8, 10, "resnet18", channels=128),
+    "cityscapes": Settings(1e-2, 5e-4, 768, 8, 240, "resnet101"),
+    "ade20k": Settings(2e-2, 1e-4, 608, 16, 240, "resnet101", relative=True),
+    "folder": Settings(1e-2, 5e-4, 512, 8, 100, "resnet50"),
+}
+SYNTHETIC = ("sky", "ground", "wall", "fence", "flag", "board", "ball", "ring")
+CITYSCAPES = {  # train id order: name, label id, colour
+    "road": (7, 128, 64, 128), "sidewalk": (8, 244, 35, 232), "building": (11, 70, 70, 70),
+    "wall": (12, 102, 102, 156), "fence": (13, 190, 153, 153), "pole": (17, 153, 153, 153),
+    "traffic light": (19, 250, 170, 30), "traffic sign": (20, 220, 220, 0), "vegetation": (21, 107, 142, 35),
+    "terrain": (22, 152, 251, 152), "sky": (23, 70, 130, 180), "person": (24, 220, 20, 60), "rider": (25, 255, 0, 0),
+    "car": (26, 0, 0, 142), "truck": (27, 0, 0, 70), "bus": (28, 0, 60, 100), "train": (31, 0, 80, 100),
+    "motorcycle": (32, 0, 0, 230), "bicycle": (33, 119, 11, 32)}
+ADE20K = tuple("""wall,building,sky,floor,tree,ceiling,road,bed,windowpane,grass,cabinet,sidewalk,person,
+earth,door,table,mountain,plant,curtain,chair,car,water,painting,sofa,shelf,house,sea,mirror,rug,field,
+armchair,seat,fence,desk,rock,wardrobe,lamp,bathtub,railing,cushion,base,box,column,signboard,
+chest of drawers,counter,sand,sink,skyscraper,fireplace,refrigerator,grandstand,path,stairs,runway,case,
+pool table,pillow,screen door,stairway,river,bridge,bookcase,blind,coffee table,toilet,flower,book,hill,
+bench,countertop,stove,palm,kitchen island,computer,swivel chair,boat,bar,arcade machine,hovel,bus,towel,
+light,truck,tower,chandelier,awning,streetlight,booth,television receiver,airplane,dirt track,apparel,pole,
+land,bannister,escalator,ottoman,bottle,buffet,poster,stage,van,ship,fountain,conveyer belt,canopy,washer,
+plaything,swimming pool,stool,barrel,basket,waterfall,tent,bag,minibike,cradle,oven,ball,food,step,tank,
+trade name,microwave,pot,animal,bicycle,lake,dishwasher,screen,blanket,sculpture,hood,sconce,vase,
+traffic light,tray,ashcan,fan,pier,crt screen,plate,monitor,bulletin board,shower,radiator,glass,clock,
+flag""".replace("\n", "").split(","))
+
+
+def read_classes(path: Path) -> tuple[tuple[str, ...], tuple[tuple[int, int, int], ...]]:
+    """Names and colours of a classes.txt: `name [R G B]` a line, UTF-8; blank lines and lines from # on are
+    skipped. Classes without a colour get one of `palette`. Raises DataError with the file and the line."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeError) as e:
+        raise DataError(f"{show(path)}: cannot be read ({type(e).__name__}); expected UTF-8 text, a line "
+                        "`name [R G B]` for each class") from e
+    classes, defaults = {}, palette(IGNORE)
+    for number, line in enumerate(map(str.strip, lines), 1):
+        if not line or line.startswith("#"):
+            continue
+        parts = line.rsplit(None, 3)
+        color = parts[-3:] if len(parts) > 2 and all(re.fullmatch("-?[0-9]+", v) for v in parts[-3:]) else ()
+        name = "".join(parts[:-3]) if color else line
+        if not name or not name.isprintable() or name in classes:
+            raise DataError(f"{show(path)}: line {number}: got the name {name[:60]!r}, empty, not printable or given "
+                            "before; expected `name [R G B]` with a name of its own for each class")
+        if not all(len(v) < 4 and 0 <= int(v) <= 255 for v in color):
+            raise DataError(f"{show(path)}: line {number}: got the colour {' '.join(color)[:60]}; expected R G B, "
+                            "each 0..255")
+        if len(classes) == IGNORE:
+            raise DataError(f"{show(path)}: line {number}: more than 255 classes; 255 is ignored: merge classes")
+        classes[name] = tuple(map(int, color)) or defaults[len(classes)]
+    if not classes:
+        raise DataError(f"{show(path)}: no class in it; expected a line `name [R G B]` for each class")
+    return tuple(classes), tuple(classes.values())
+
+
+def _classes(name: str, root: Path | str | None) -> tuple[tuple[str, ...], tuple[tuple[int, int, int], ...]]:
+    if name == "folder":
+        return read_classes(Path(root, "classes.txt"))
+    if name == "cityscapes":
+        return tuple(CITYSCAPES), tuple(v[1:] for v in CITYSCAPES.values())
+    names = ADE20K if name == "ade20k" else SYNTHETIC
+    return names, palette(len(names))
+
+
+# ---- finding files
+
+@dataclass(frozen=True)
+class Item:
+    """Files of an image and of its label (None: no ground truth). Synthetic items are names only, not files."""
+    image: Path
+    label: Path | None
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """One split of a data set. colors: (R, G, B), 0..255, of each class."""
+    name: str
+    split: str
+    classes: tuple[str, ...]
+    colors: tuple[tuple[int, int, int], ...]
+    items: tuple[Item, ...]
+    cached: Path | None = None  # a decoded copy, and in it (offset, height, width) of each item
+    places: tuple[tuple[int, int, int], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the split has ground truth."""
+        return self.items[0].label is not None
+
+
+LAYOUT = {  # folder of images, their endings in lower case, folder of labels, their ending in lower and in true case
+    "cityscapes": ("leftImg8bit", ("_leftimg8bit.png",), "gtFine", "_gtFine_labelIds.png"),
+    "ade20k": ("images", (".jpg",), "annotations", ".png"),
+    "folder": ("images", (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"), "labels", ".png"),
+}
+ADE_FOLDERS = {"train": "training", "val": "validation", "test": "testing"}
+SYNTHETIC_SIZES = {"train": 512, "val": 64, "test": 16}
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
+FULL_ADE = ("index_ade20k.*", "images/ADE", "ADE20K_*", "images/training/*_seg.png", "images/training/*/")
+
+
+def open_dataset(name: str, root: Path | str | None, split: str, cache: Path | str | None = None) -> DataSet:
+    """The split train, val, trainval or test of the data set. Only names of files are looked at, but with `cache`, a
+    folder in which a decoded copy is made and kept.
+    Raises DataError on a missing folder, an empty split, an image without label or a label without image, the
+    full ADE20K in place of the benchmark, a bad classes.txt."""
+    dataset, problems = _open(name, root, split)
+    if problems:
+        raise DataError(problems[0] + f" (and {len(problems) - 1} more)" * (len(problems) > 1))
+    return dataset if cache is None or name == "synthetic" else _with_cache(dataset, Path(cache))
+
+
+def _with_cache(dataset: DataSet, folder: Path) -> DataSet:
+    """The data set with its decoded copy in the folder: made once, by whoever holds the lock, while others wait. Its name
+    holds the sources' sizes and times, so a change makes a new one; the index is written last, so half a copy is none."""
+    files = [path for item in dataset.items for path in (item.image, item.label) if path]
+    try:
+        stamps = [(os.path.realpath(p), s.st_size, s.st_mtime_ns) for p, s in ((p, os.stat(p)) for p in files)]
+        key = hashlib.sha256(repr((dataset.classes, stamps)).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        base = folder / f"{dataset.name}-{dataset.split}-{key}"
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(f"{base}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not os.path.exists(f"{base}.json"):
+                _write_cache(dataset, base)
+        places = tuple(map(tuple, json.loads(Path(f"{base}.json").read_text())))
+    except OSError as e:
+        raise DataError(f"--cache {show(folder)}: {e}; expected a folder with room for the decoded images: make room, "
+                        "name another, or do without") from None
+    return replace(dataset, cached=Path(f"{base}.bin"), places=places)
+
+
+def _write_cache(dataset: DataSet, base: Path) -> None:
+    """Decode every file, images as (H, W, 3) and labels as (H, W) bytes one after another."""
+    places, offset, part = [], 0, Path(f"{base}.part")
+    try:
+        with open(part, "wb") as f:
+            for index, image, label in eval_images(dataset, 0, 1, os.cpu_count() or 1):
+                places.append((offset, *image.shape[1:]))
+                for plane in (image.permute(1, 2, 0), label):
+                    offset += 0 if plane is None else f.write(plane.contiguous().numpy())
+                if index % 100 == 99 or index + 1 == len(dataset):
+                    print(f"cache {show(base)}: {index + 1}/{len(dataset)}, {offset / 2**30:.2f} GiB", file=sys.stderr)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, f"{base}.bin")
+        part.write_text(json.dumps(places))
+        os.replace(part, f"{base}.json")
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _read_cache(dataset: DataSet, index: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """As `read`, views of the mapped file: a crop reads only its pages."""
+    offset, H, W = dataset.places[index]
+    image = np.memmap(dataset.cached, np.uint8, "r", offset, (H, W, 3))
+    return image, np.memmap(dataset.cached, np.uint8, "r", offset + H * W * 3, (H, W)) if dataset.labelled else None
+
+
+def _open(name: str, root: Path | str | None, split: str) -> tuple[DataSet, list[str]]:
+    """As open_dataset, but pairs that are not whole are left out and told in the list."""
+    if name not in SETTINGS or split not in SPLITS:
+        raise DataError(f"got data set {name!r}, split {split!r}; expected one of {', '.join(SETTINGS)} and one of "
+                        f"{', '.join(SPLITS)}")
+    if name != "synthetic" and root is None:
+        raise DataError(f"{name} is read from files: name its folder by --root DIR")
+    items, problems = [], []
+    for part in ("train", "val") if split == "trainval" else (split,):
+        if name == "synthetic":
+            names = [Path(name, part, str(i)) for i in range(SYNTHETIC_SIZES[part])]
+            items += map(Item, names, names)
+            continue
+        try:
+            items += _scan(name, Path(root), part, problems)
+        except OSError as e:
+            raise DataError(f"{show(e.filename or root)}: cannot be read ({e.strerror}); mend the folder or --root") from e
+    return DataSet(name, split, *_classes(name, root), tuple(items)), problems
+
+
+def _scan(name: str, root: Path, split: str, problems: list[str]) -> list[Item]:
+    """The pairs of one split, in order of names; adds to problems those that are not whole."""
+    image_top, ends, label_top, label_end = LAYOUT[name]
+    folder = ADE_FOLDERS[split] if name == "ade20k" else split
+    image_dir, label_dir = root / image_top / folder, root / label_top / folder
+    if name == "ade20k" and any(True for pattern in FULL_ADE for _ in root.glob(pattern)):
+        raise DataError(f"{show(root)}: this is the full ADE20K; expected the benchmark of 150 classes: download "
+                        "ADEChallengeData2016.zip and name its folder by --root")
+    bare = split == "test" and (name == "cityscapes" or not label_dir.is_dir())
+    for top in (image_dir,) if bare else (image_dir, label_dir):
+        if not top.is_dir():
+            raise _missing(name, root, top)
+    inside = Path(os.path.realpath(root)) if name == "folder" else None
+    images = _walk(image_dir, ends, inside)
+    if not images:
+        raise DataError(f"{show(image_dir)}: the split {split} is empty; expected images *{', *'.join(ends)}")
+    if bare:
+        return [Item(images[key], None) for key in sorted(images)]
+    labels = _walk(label_dir, (label_end.lower(),), inside)
+    problems += [f"{show(images[key])}: image without label; expected {show(label_dir / key)}{label_end}: add it or "
+                 "remove the image" for key in sorted(images.keys() - labels)]
+    problems += [f"{show(labels[key])}: label without image; expected {show(image_dir / key)}{ends[0]} or the like: "
+                 "add it or remove the label" for key in sorted(labels.keys() - images)]
+    return [Item(images[key], labels[key]) for key in sorted(images.keys() & labels)]
+
+
+def _missing(name: str, root: Path, folder: Path) -> DataError:
+    """The error of a missing folder; looks one level up and down for the one that was meant."""
+    top = folder.parent.name
+    near = [root.parent, root.parent.parent, *(found.parent for found in root.glob(f"*/{top}"))]
+    meant = next((show(c) for c in near if c != root and (c / top / folder.name).is_dir()), None)
+    return DataError(f"{show(folder)}: no such folder; expected {name} with {top}/{folder.name} beneath {show(root)}: "
+                     + (f"give --root {meant}" if meant else "name the data set's folder by --root"))
+
+
+def _walk(top: Path, ends: tuple[str, ...], inside: Path | None) -> dict[str, Path]:
+    """Files beneath top with one of the endings, by relative name without the ending; hidden files are left out.
+    With `inside`, a real path, nothing may lead out of it by a link, and folders may not be links."""
+    found = {}
+    for here, folders, files in os.walk(top, onerror=_raise, followlinks=inside is None):
+        links = [p for p in (Path(here, n) for n in (*folders, *files)) if p.is_symlink()] if inside else []
+        for path in [top, *links] if inside else ():
+            if path in links and path.is_dir() or not Path(os.path.realpath(path)).is_relative_to(inside):
+                raise DataError(f"{show(path)}: a link to a folder or out of the data set; expected every file "
+                                "beneath --root: copy what it leads to in its place")
+        for name in files:
+            end = next((e for e in ends if name.lower().endswith(e)), None)
+            if end is None or name.startswith("."):
+                continue
+            path = Path(here, name)
+            key = (path.parent / name[:-len(end)]).relative_to(top).as_posix()
+            if key in found:
+                raise DataError(f"{show(path)}: the name of {show(found[key])} again; expected one file for each "
+                                "name, whatever the ending: rename or remove one")
+            found[key] = path
+    return found
+
+
+def _raise(error: OSError) -> None:
+    raise error  # os.walk would leave out a folder that it cannot read
+
+
+# ---- files to arrays
+
+def read(dataset: DataSet, index: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """Image (H, W, 3) uint8 and label (H, W) uint8 of train ids and IGNORE (None without ground truth), checked.
+    Raises DataError that names the file."""
+    if dataset.name == "synthetic":
+        _, split, number = dataset.items[index].image.parts
+        return scene(split, int(number))
+    return decode(dataset, dataset.items[index]) if dataset.cached is None else _read_cache(dataset, index)
+
+
+def decode(dataset: DataSet, item: Item) -> tuple[np.ndarray, np.ndarray | None]:
+    """Files to arrays, as `read` returns them."""
+    image = decode_image(item.image)
+    if item.label is None:
+        return image, None
+    label = decode_label(item.label, dataset)
+    if label.shape != image.shape[:2]:
+        raise DataError("{}: label of {}x{} (height x width), image of {}x{}; expected one size: make the label again "
+                        "for {} as its EXIF rotation shows it".format(
+                            show(item.label), *label.shape, *image.shape[:2], show(item.image)))
+    return image, label
+
+
+def decode_image(path: Path) -> np.ndarray:
+    """Any 8-bit image as RGB (H, W, 3) uint8: EXIF rotation applied, alpha dropped; grey, palette, CMYK converted;
+    of 16-bit colour PNGs the high byte. Raises DataError: not an image, truncated, 16-bit grey, float."""
+    image = _load(path, False)
+    if image.mode[0] in "IF":
+        raise DataError(f"{show(path)}: got mode {image.mode}, more than 8 bit; expected 8 bit a channel: convert it")
+    return np.asarray(image)
+
+
+def decode_label(path: Path, dataset: DataSet) -> np.ndarray:
+    """Label file to train ids (H, W) uint8. One channel: grey, palette (by index), 1 bit, or 16 bit if the values
+    fit. Raises DataError: colours, JPEG, values out of range, not an image."""
+    image = _load(path, True)
+    if image.format in ("JPEG", "MPO"):
+        raise DataError(f"{show(path)}: got a JPEG, which changes class numbers; expected a PNG: make it again from the "
+                        "annotation")
+    raw = np.asarray(image)
+    if raw.ndim != 2 or image.mode == "F":
+        raise DataError(f"{show(path)}: got mode {image.mode}, a label saved as colours; expected one channel of class "
+                        f"numbers: {_color_remedy(raw, dataset)}")
+    raw = raw.astype(np.uint8) if raw.dtype == bool else raw
+    table = _id_table(dataset.name, len(dataset.classes))
+    ids = table[raw] if raw.dtype == np.uint8 else np.where((raw < 0) | (raw > 255), -1, table[raw.clip(0, 255)])
+    if ids.min() < 0:
+        raise DataError(f"{show(path)}: {_range_error(np.unique(raw[ids < 0]), dataset)}")
+    return ids.astype(np.uint8)
+
+
+def _load(path: Path, label: bool) -> Image.Image:
+    """The decoded image: as stored for a label, else upright and RGB unless it has more than 8 bit."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
+            raise OSError(0, "empty or not a file")  # a pipe would be waited for
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata; decompression bombs are errors
+            with Image.open(path, formats=FORMATS) as image:
+                image.verify()  # a PNG's checksums, which load() leaves unread
+            with Image.open(path, formats=FORMATS) as image:
+                image.load()
+        if label:
+            return image
+        image.info.pop("transparency", None)  # alpha is dropped, of palettes too
+        image = ImageOps.exif_transpose(image)
+        return image if image.mode[0] in "IF" else image.convert("RGB")
+    except Image.DecompressionBombError as e:
+        raise DataError(f"{show(path)}: over {2 * Image.MAX_IMAGE_PIXELS} pixels, refused as a decompression bomb: cut "
+                        "it into tiles") from e
+    except Exception as e:  # decoders of broken files raise nearly anything; each means that this file is not usable
+        raise DataError(f"{show(path)}: cannot be read ({getattr(e, 'strerror', None) or type(e).__name__}); expected "
+                        f"a whole {', '.join(FORMATS)} image: copy it again, or remove the pair") from e
+
+
+def _id_table(name: str, classes: int) -> np.ndarray:
+    """(256,) int16: stored value to train id, -1 where the value is not allowed."""
+    table = np.full(256, -1, np.int16)
+    if name == "cityscapes":
+        table[:34] = IGNORE
+        table[[v[0] for v in CITYSCAPES.values()]] = np.arange(classes)
+    elif name == "ade20k":
+        table[:classes + 1] = np.r_[IGNORE, :classes]
+        return table
+    else:
+        table[:classes] = np.arange(classes)
+    table[IGNORE] = IGNORE  # in Cityscapes, label id -1 in 8 bit
+    return table
+
+
+def _color_remedy(raw: np.ndarray, dataset: DataSet) -> str:
+    if raw.ndim == 3 and raw.shape[2] >= 3:
+        if (raw[..., :3] == raw[..., :1]).all():
+            return "its channels are equal: keep one of them"
+        if {tuple(c) for c in np.unique(raw[..., :3].reshape(-1, 3), axis=0).tolist()} <= set(dataset.colors):
+            return "its colours are those of the classes: write in place of each colour the number of its class"
+    return "write the number of the class in each pixel, as 8-bit grey or palette PNG"
+
+
+def _range_error(bad: np.ndarray, dataset: DataSet) -> str:
+    n = len(dataset.classes)
+    expected, mend = {
+        "cityscapes": ("label ids 0..33", "give the *_gtFine_labelIds.png of gtFine_trainvaltest.zip"),
+        "ade20k": ("0 (ignored) and 1..150", "download ADEChallengeData2016.zip; the full ADE20K has more classes"),
+    }.get(dataset.name, (f"0..{n - 1} for the {n} classes, or 255 (ignored)", "number them in the order of classes.txt"))
+    if len(bad) > 8:
+        mend = "it looks anti-aliased, resized or once saved as JPEG: make it again with hard edges; or else " + mend
+    values = ", ".join(map(str, bad[:5].tolist())) + ", ..." * (len(bad) > 5)
+    return f"{len(bad)} values out of range: {values}; expected {expected}: {mend}"
+
+
+# ---- augmentation
+
+def sample(dataset: DataSet, seed: int, epoch: int, index: int, crop: int,
+           scale: tuple[float, float] = (0.5, 2.0)) -> tuple[Tensor, Tensor, Tensor]:
+    """Training sample: image (3, crop, crop) uint8, label (crop, crop) uint8, colour factors (4,) float32 for
+    color_jitter. A pure function of its arguments. Raises DataError that names the file."""
+    rng = np.random.default_rng((seed, epoch, index))
+    relative = SETTINGS[dataset.name].relative
+    image, label = augment(*read(dataset, index), crop, scale, relative, rng)
+    return torch.from_numpy(image).permute(2, 0, 1).contiguous(), torch.from_numpy(label), draw_jitter(rng)
+
+
+def augment(image: np.ndarray, label: np.ndarray, crop: int, scale: tuple[float, float], relative: bool,
+            rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Random scale in [min, max] (times crop / short side if relative), crop, flip; image (H, W, 3) and label (H, W)
+    uint8 to (crop, crop, 3) and (crop, crop). What lies beyond the image, right and below, is PAD and IGNORE.
+    The crop is drawn in the scaled image but taken in the source: only its box is resized."""
+    factor = rng.uniform(*scale) * (crop / min(label.shape) if relative else 1)
+    y, x = (_window(n, max(1, round(n * factor)), crop, rng) for n in label.shape)
+    out, ids = np.full((crop, crop, 3), PAD, np.uint8), np.full((crop, crop), IGNORE, np.uint8)
+    out[:y.count, :x.count] = _resize(image, y, x)
+    ids[:y.count, :x.count] = label[np.ix_(*((w.start + w.pixel * (np.arange(w.count) + 0.5)).astype(int)
+                                             for w in (y, x)))]
+    flip = -1 if rng.random() < 0.5 else 1
+    return np.ascontiguousarray(out[:, ::flip]), np.ascontiguousarray(ids[:, ::flip])
+
+
+class _Window(NamedTuple):
+    """Along one axis, in source pixels: `count` pixels of the width `pixel` from `start`; `low`..`high` are the source
+    pixels that they depend on."""
+    start: float
+    pixel: float
+    count: int
+    low: int
+    high: int
+
+
+def _window(n: int, scaled: int, crop: int, rng: np.random.Generator) -> _Window:
+    """A random window of at most crop of the pixels of an axis of n pixels, scaled to `scaled`."""
+    pixel, count = n / scaled, min(scaled, crop)
+    start = int(rng.integers(0, scaled - count + 1)) * pixel
+    reach = max(1, pixel) + 1  # of the filter, beyond the window
+    return _Window(start, pixel, count, max(0, int(start - reach)), min(n, math.ceil(start + count * pixel + reach)))
+
+
+def _resize(image: np.ndarray, y: _Window, x: _Window) -> np.ndarray:
+    """The windows' box, bilinear (anti-aliased when shrinking): what resizing the whole image gives there."""
+    part = Image.fromarray(np.ascontiguousarray(image[y.low:y.high, x.low:x.high]))
+    ends = (min(w.start + w.count * w.pixel, w.high) - w.low for w in (x, y))  # min: of rounding at the last pixel
+    return np.asarray(part.resize((x.count, y.count), Image.Resampling.BILINEAR,
+                                  box=(x.start - x.low, y.start - y.low, *ends)))
+
+
+def draw_jitter(rng: np.random.Generator) -> Tensor:
+    """Colour factors (4,) float32: brightness, contrast, saturation in [0.7, 1.3], hue in [-0.05, 0.05] turns."""
+    return torch.from_numpy(rng.uniform((0.7, 0.7, 0.7, -0.05), (1.3, 1.3, 1.3, 0.05))).float()
+
+
+def color_jitter(images: Tensor, factors: Tensor) -> Tensor:
+    """Images (B, 3, H, W), 0..255, any type and device, with factors (B, 4) of draw_jitter -> float32, 0..255.
+    In this order: times brightness; contrast about the image's mean grey; saturation about the pixel's grey; hue
+    turned about the grey axis (in YIQ). All are affine in RGB: one 3x3 matrix and one offset for each image."""
+    images = images.float()
+    brightness, contrast, saturation, hue = factors.to(images).view(-1, 4, 1, 1).unbind(1)  # (B, 1, 1) each
+    to_yiq = images.new_tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+    cos, sin = saturation * (2 * math.pi * hue).cos(), saturation * (2 * math.pi * hue).sin()
+    one, zero = torch.ones_like(hue), torch.zeros_like(hue)
+    turn = torch.cat([one, zero, zero, zero, cos, -sin, zero, sin, cos], 1).view(-1, 3, 3)  # Y stays
+    matrix = torch.linalg.inv(to_yiq) @ turn @ to_yiq * (brightness * contrast)  # (B, 3, 3)
+    grey = (images.mean((2, 3)) * to_yiq[0]).sum(1).view(-1, 1, 1)  # a grey offset: saturation and hue leave it
+    return (matrix @ images.flatten(2) + (1 - contrast) * brightness * grey).clamp(0, 255).view_as(images)
+
+
+def normalize(images: Tensor) -> Tensor:
+    """Images (B, 3, H, W), 0..255, to float32 with ImageNet's mean and deviation."""
+    images = images.float()
+    return (images - images.new_tensor(MEAN).view(3, 1, 1)) / images.new_tensor(STD).view(3, 1, 1)
+
+
+# ---- loading
+
+def order(seed: int, epoch: int, n: int) -> np.ndarray:
+    """The permutation of 0..n-1 in which an epoch goes through the images."""
+    return np.random.default_rng((seed, epoch, 0, 1)).permutation(n)  # the 1 keeps it off the streams of samples
+
+
+def step_items(step: int, *, seed: int, n: int, batch: int) -> list[tuple[int, int]]:
+    """(epoch, index) of each image of a step's whole batch. An epoch has n // batch steps. DataError if it has none."""
+    if n < batch:
+        raise DataError(f"{n} images are fewer than one batch of {batch}: lower --batch to {n} or less, or add images")
+    epoch, k = divmod(step, n // batch)
+    return [(epoch, int(i)) for i in order(seed, epoch, n)[k * batch:(k + 1) * batch]]
+
+
+def train_batches(dataset: DataSet, *, seed: int, batch: int, start: int, stop: int, rank: int, world: int, crop: int,
+                  scale: tuple[float, float] = (0.5, 2.0), workers: int = 0, pin: bool = False) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """This rank's share, b = batch // world, of the steps start..stop-1: images (b, 3, crop, crop) uint8, labels
+    (b, crop, crop) uint8, factors (b, 4) float32. Raises DataError, at once or at the step of a wrong file."""
+    if not dataset.labelled:
+        raise DataError(f"{dataset.name} {dataset.split} has no ground truth to train on: choose --split train")
+    items = partial(step_items, seed=seed, n=len(dataset), batch=batch)
+    items(0)  # raises if there is not one batch
+    share = slice(rank * (batch // world), (rank + 1) * (batch // world))
+    return _batches(partial(_train_item, dataset, seed, crop, scale), workers, collate_fn=_collate, pin_memory=pin,
+                    batch_sampler=(items(step)[share] for step in range(start, stop)))
+
+
+def eval_items(n: int, rank: int, world: int) -> range:
+    """The indices that a rank evaluates: each of n once over all ranks."""
+    return range(rank, n, world)
+
+
+def eval_images(dataset: DataSet, rank: int, world: int,
+                workers: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """(index, image (3, H, W) uint8, label (H, W) uint8 or None) of this rank's images. Raises DataError."""
+    return _batches(partial(_eval_item, dataset), workers, sampler=eval_items(len(dataset), rank, world),
+                    batch_size=None)
+
+
+def _train_item(dataset: DataSet, seed: int, crop: int, scale: tuple[float, float],
+                key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    return sample(dataset, seed, *key, crop, scale)
+
+
+def _eval_item(dataset: DataSet, index: int) -> tuple[int, np.ndarray, np.ndarray | None]:
+    image, label = read(dataset, index)
+    return index, image.transpose(2, 0, 1).copy(), None if label is None else np.array(label)
+
+
+@dataclass(frozen=True)
+class _Guard:
+    """The map key -> load(key), with a DataError as a value: DataLoader's workers hand on the text of errors only."""
+    load: Callable
+
+    def __getitem__(self, key: object) -> object:
+        try:
+            return self.load(key)
+        except DataError as e:
+            return e
+
+
+def _collate(rows: list) -> list[Tensor] | DataError:
+    return next((row for row in rows if isinstance(row, DataError)), None) or [torch.stack(x) for x in zip(*rows)]
+
+
+def _leave_signals(worker: int) -> None:
+    """Ctrl-C and Slurm's warning reach the whole process group: the main process decides, workers go on."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _batches(load: Callable, workers: int, **options: object) -> Iterator:
+    # a generator of its own: DataLoader would otherwise draw from torch's global one
+    for batch in DataLoader(_Guard(load), num_workers=workers, worker_init_fn=_leave_signals,
+                            generator=torch.Generator(), **options):
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
+
+
+# ---- synthetic scenes
+
+def scene(split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
+    """Synthetic scene: image (128, 160, 3) and label (128, 160), uint8, 8 classes. All objects draw their two colours
+    from one distribution: the class is in texture and shape alone. Fences and rings show what is behind them."""
+    H, W = 128, 160
+    rng = np.random.default_rng((SPLITS.index(split), index, 0, 2))
+    image, label = np.empty((H, W, 3), np.float32), np.empty((H, W), np.uint8)
+    horizon = int(rng.integers(40, 80))
+    _paint(image, label, rng, 0, 0, 0, horizon, W)
+    _paint(image, label, rng, 1, horizon, 0, H - horizon, W)
+    # walls and fences first, since they are large; each other class in most scenes, some twice
+    others = np.r_[rng.permutation([4, 5, 6, 7]), rng.integers(2, 8, rng.integers(0, 3))]
+    for kind in np.r_[2, 3, others][rng.random(len(others) + 2) < 0.9]:
+        h, w = rng.integers(28, 60, 2) if kind > 3 else (rng.integers(36, 60), rng.integers(50, 110))
+        h = w if kind > 5 else h  # balls and rings are round
+        top = rng.integers(0, H - h) if kind > 3 else horizon + rng.integers(8, 40) - h
+        _paint(image, label, rng, int(kind), int(top), int(rng.integers(-w // 3, W - 2 * w // 3)), int(h), int(w))
+    image += 8 * rng.standard_normal(image.shape, np.float32)
+    return image.clip(0, 255).astype(np.uint8), label
+
+
+def _paint(image: np.ndarray, label: np.ndarray, rng: np.random.Generator, kind: int, top: int, left: int, h: int,
+           w: int) -> None:
+    """Draw an object of class `kind` in the box, as far as it is in the picture."""
+    first = rng.uniform(20, 235, 3)
+    choices = rng.uniform(20, 235, (6, 3))
+    second = choices[np.abs((choices - first).sum(1)).argmax()]  # well apart in brightness, else the texture is lost
+    mix, mask = _texture(kind, h, w, int(rng.integers(5, 9)), rng)
+    y, x = slice(max(0, -top), label.shape[0] - top), slice(max(0, -left), label.shape[1] - left)
+    mix, mask = np.broadcast_to(mix, (h, w))[y, x, None].astype(np.float32), np.broadcast_to(mask, (h, w))[y, x]
+    box = (slice(max(0, top), max(0, top) + mask.shape[0]), slice(max(0, left), max(0, left) + mask.shape[1]))
+    np.copyto(image[box], first + (second - first) * mix, where=mask[..., None], casting="same_kind")
+    np.copyto(label[box], np.uint8(kind), where=mask)
+
+
+def _texture(kind: int, h: int, w: int, p: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """(mix of the two colours 0..1, where the object is), of period about p pixels; each broadcasts to (h, w)."""
+    y, x = np.ogrid[:h, :w]
+    solid = np.ones((1, 1), bool)
+    if kind == 0:  # sky: smooth
+        return y / h, solid
+    if kind == 1:  # ground: speckle of 3 pixels
+        return rng.random((h // 3 + 1, w // 3 + 1)).repeat(3, 0).repeat(3, 1)[:h, :w], solid
+    if kind == 2:  # wall: bricks
+        return (y % p < 2) | ((x + y // p % 2 * p) % (2 * p) < 2), solid
+    if kind == 3:  # fence: upright bars, nothing between
+        return x % (3 * p) / p % 1 < 0.5, (x % (3 * p) < 1.5 * p) & (y >= 0)
+    if kind == 4:  # flag: level stripes
+        return y // p % 2, solid
+    if kind == 5:  # board: checks
+        return (y // p + x // p) % 2, solid
+    radius = np.hypot(y + 0.5 - h / 2, x + 0.5 - w / 2) / (w / 2)
+    if kind == 6:  # ball: shaded from a light at the upper left
+        return np.hypot(y - 0.3 * h, x - 0.3 * w) / w, radius < 1
+    return np.abs(radius - 0.75) * 4, (radius > 0.5) & (radius < 1)  # ring: shaded across, nothing inside
+
+
+# ---- check
+
+def check(name: str, root: Path | str | None, split: str | None = None, *, workers: int = 0,
+          progress: bool = False) -> dict:
+    """Reads every file of the split (None: train, val, and test if there is one). Returns plain values: data, classes,
+    splits {split: {pairs, sizes {"HxW": n}, modes {"image label": n}, pixels (of each class), ignored, weights}},
+    problems (a line for each wrong file), warnings. weights: see class_weights. DataError: nothing to check."""
+    splits = [split] if split else ["train", "val"]
+    if not split and (name == "synthetic" or Path(root or "", LAYOUT[name][0], ADE_FOLDERS["test"]
+                                                  if name == "ade20k" else "test").is_dir()):
+        splits.append("test")
+    opened = [_open(name, root, s) for s in splits]  # all folders are looked at before the long part
+    problems, warned = [line for _, wrong in opened for line in wrong], []
+    parts = {d.split: _check_split(d, workers, progress, problems) for d, _ in opened}
+    classes, seen = opened[0][0].classes, np.sum([p["pixels"] for p in parts.values()], 0)
+    if len(seen) > 1 and seen[0] and not seen[1:].any() and any(p["ignored"] for p in parts.values()):
+        warned.append("the labels hold only 0 and 255 (ignored): if they are 0/255 masks, write class numbers 0 and 1")
+    warned += [f"no pixel is of the class {c!r}" for c, n in zip(classes, seen) if not n and seen.any()]
+    return {"data": name, "classes": list(classes), "splits": parts, "problems": problems, "warnings": warned}
+
+
+def _check_split(dataset: DataSet, workers: int, progress: bool, problems: list[str]) -> dict:
+    parts = [replace(dataset, items=dataset.items[i:i + 16]) for i in range(0, len(dataset), 16)]
+    pixels, sizes, modes, done = np.zeros(256, np.int64), Counter(), Counter(), 0
+    with ProcessPoolExecutor(workers) if workers else nullcontext() as pool:
+        for part, report in zip(parts, (pool.map if pool else map)(_check_part, parts)):
+            for total, value in zip((pixels, sizes, modes, problems), report):
+                total += value
+            done += len(part)
+            if progress:
+                end = "\n" if done == len(dataset) else ""
+                print(f"\rcheck {dataset.split}: {done}/{len(dataset)}, {len(problems)} wrong", end=end,
+                      file=sys.stderr, flush=True)
+    known = pixels[:len(dataset.classes)]
+    return {"pairs": sum(sizes.values()), "sizes": dict(sizes.most_common()), "modes": dict(modes.most_common()),
+            "pixels": known.tolist(), "ignored": int(pixels[IGNORE]), "weights": class_weights(known).tolist()}
+
+
+def _check_part(dataset: DataSet) -> tuple[np.ndarray, Counter, Counter, list[str]]:
+    pixels, sizes, modes, wrong = np.zeros(256, np.int64), Counter(), Counter(), []
+    for index, item in enumerate(dataset.items):
+        try:
+            image, label = read(dataset, index)
+        except DataError as e:
+            wrong.append(str(e))
+            continue
+        sizes["{}x{}".format(*image.shape)] += 1
+        modes[" ".join(_mode(dataset, path) for path in (item.image, item.label) if path)] += 1
+        if label is not None:
+            pixels += np.bincount(label.ravel(), minlength=256)
+    return pixels, sizes, modes, wrong
+
+
+def _mode(dataset: DataSet, path: Path) -> str:
+    if dataset.name == "synthetic":
+        return "memory"
+    with Image.open(path, formats=FORMATS) as image:
+        return image.mode
+
+
+def class_weights(pixels: np.ndarray) -> np.ndarray:
+    """Pixels of each class (n,) to suggested weights of the loss (n,), proportional to 1/sqrt(share) and 1 in the mean
+    over the pixels, so that the loss keeps its scale; 1 for classes without a pixel."""
+    root = np.sqrt(pixels / max(1, pixels.sum()))
+    return np.where(root > 0, 1 / (np.where(root > 0, root, 1) * max(root.sum(), 1e-12)), 1.0)
+
+
+def _print_report(report: dict) -> None:
+    for split, part in report["splits"].items():
+        print(f"{report['data']} {split}: {part['pairs']} readable")
+        for what in ("sizes", "modes"):
+            text = ", ".join(f"{k}: {v}" for k, v in list(part[what].items())[:6])
+            print(f"  {what}  {text}" + f", {len(part[what]) - 6} others" * (len(part[what]) > 6))
+        total = max(1, sum(part["pixels"]) + part["ignored"])
+        rows = zip([*report["classes"], "(ignored)"], [*part["pixels"], part["ignored"]], [*part["weights"], 0.0])
+        for name, n, weight in rows:
+            print(f"  {name:<20} {n:>14} pixels {100 * n / total:7.3f} %   weight {weight:.3f}")
+    for line in [f"warning: {w}" for w in report["warnings"]] + [f"wrong: {p}" for p in report["problems"]]:
+        print(line)
+    print(f"{len(report['problems'])} wrong files")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line. Exit status 0: clean, 1: wrong files were found, 2: unusable input."""
+    parser = argparse.ArgumentParser(prog="data.py", description="Read every file of a data set and report.")
+    parser.add_argument("action", choices=["check"])
+    parser.add_argument("--data", choices=list(SETTINGS), default="synthetic")
+    parser.add_argument("--root", help="the data set's folder")
+    parser.add_argument("--split", choices=SPLITS, help="default: all that are there")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args(argv)
+    try:
+        report = check(args.data, args.root, args.split, workers=args.workers, progress=True)
+    except DataError as e:
+        print(e, file=sys.stderr)
+        return 2
+    print(json.dumps(report)) if args.json else _print_report(report)
+    return 1 if report["problems"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

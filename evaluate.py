@@ -1,0 +1,348 @@
+"""Score a checkpoint: mIoU, pixel accuracy and the IoU of each class, from one integer confusion matrix.
+
+    python evaluate.py runs/cityscapes/best.pt                                    # all else is in the checkpoint
+    torchrun --nproc-per-node 8 evaluate.py best.pt --scales 0.75 1 1.25 --flip   # the figure of one rank, bit for bit
+    python evaluate.py best.pt --crop 768 --json                                  # sliding windows; one JSON object last
+
+Training calls `evaluate` of this file, so its mIoU is the tested one. What the scripts share (ranks, precision, reading
+checkpoints, error lines, pictures) is here too.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+
+import dnl
+from data import IGNORE, DataSet, DataError, eval_images, normalize, open_dataset
+
+VERSION = 1  # of the checkpoint's layout
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# ------------------------------------------------------------------------------------------------------- metrics
+
+
+def confusion(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
+    """(n, n) int64 counts, row the true class, column the predicted one. Both (H, W); pixels of label 255 are left out."""
+    known = label != IGNORE
+    pairs = label[known].long() * num_classes + prediction[known].long()
+    return torch.bincount(pairs, minlength=num_classes ** 2).view(num_classes, num_classes)
+
+
+def scores(matrix: Tensor) -> dict[str, Any]:
+    """{'miou', 'accuracy', 'iou'} in 0..1 of a confusion matrix. A class neither true nor predicted anywhere has IoU None
+    and is left out of the mean; with no labelled pixel at all, miou and accuracy are None."""
+    m = matrix.cpu().numpy().astype(np.int64)
+    hit, union = m.diagonal(), m.sum(0) + m.sum(1) - m.diagonal()
+    iou = [float(h) / float(u) if u else None for h, u in zip(hit, union)]
+    known = [i for i in iou if i is not None]
+    return {"miou": sum(known) / len(known) if known else None,
+            "accuracy": float(hit.sum()) / float(m.sum()) if m.sum() else None, "iou": iou}
+
+
+def table(result: dict[str, Any], classes: Sequence[str]) -> str:
+    """The scores as lines for people: a row per class, then mIoU and pixel accuracy, in percent."""
+    width = max(len("pixel accuracy"), *map(len, classes))
+    rows = [*zip(classes, result["iou"]), ("mIoU", result["miou"]), ("pixel accuracy", result["accuracy"])]
+    lines = [f"{name:<{width}}  {'-' if x is None else f'{100 * x:.2f}':>6}" for name, x in rows]
+    return "\n".join([f"{'class':<{width}}  {'IoU %':>6}", *lines])
+
+
+# ---------------------------------------------------------------------------------------------------- prediction
+
+
+def windows(length: int, crop: int) -> list[int]:
+    """Starts of windows of `crop` (at most `length`) that cover 0..length, at least a third of each shared with the next."""
+    if length <= crop:
+        return [0]
+    count = -(-(length - crop) // max(1, crop * 2 // 3)) + 1
+    return [round(i * (length - crop) / (count - 1)) for i in range(count)]
+
+
+def _views(net: nn.Module, x: Tensor, flip: bool, amp: torch.dtype | None) -> Tensor:
+    """Class probabilities (B, n, H, W) of normalised images, averaged with those of the mirrored ones if `flip`."""
+    with torch.autocast(x.device.type, amp or torch.bfloat16, enabled=amp is not None):
+        logits = net(torch.cat([x, x.flip(3)]) if flip else x)
+    p = logits.float().softmax(1)
+    return (p[:len(x)] + p[len(x):].flip(3)) / 2 if flip else p
+
+
+def _sliding(net: nn.Module, x: Tensor, crop: int, flip: bool, amp: torch.dtype | None, together: int = 8) -> Tensor:
+    """As `_views`, from overlapping windows of one image (1, 3, H, W), `together` of them in a batch."""
+    H, W = x.shape[2:]
+    h, w = min(crop, H), min(crop, W)
+    places = [(slice(t, t + h), slice(l, l + w)) for t in windows(H, crop) for l in windows(W, crop)]
+    total = count = 0
+    for i in range(0, len(places), together):
+        p = _views(net, torch.cat([x[:, :, r, c] for r, c in places[i:i + together]]), flip, amp)
+        if i == 0:
+            total, count = p.new_zeros(1, p.shape[1], H, W), p.new_zeros(H, W)
+        for one, (r, c) in zip(p, places[i:]):
+            total[0, :, r, c] += one
+            count[r, c] += 1
+    return total / count
+
+
+@torch.inference_mode()
+def predict(net: nn.Module, image: Tensor, *, scales: Sequence[float] = (1.0,), flip: bool = False, crop: int | None = None,
+            amp: torch.dtype | None = None) -> Tensor:
+    """Class probabilities (n, H, W) of one image (3, H, W), 0..255, on its device, averaged over scales and flips.
+
+    crop: sliding windows of that size, for memory that does not grow with the image; None: the whole image at once. The
+    network must be in eval mode. An image is always computed alone, so its result does not depend on the others.
+    """
+    x, size = normalize(image[None]), tuple(image.shape[1:])
+    total: Tensor | float = 0.0
+    for scale in scales:
+        at = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
+        scaled = x if at == size else dnl.resize(x, at)
+        scaled = scaled.contiguous(memory_format=torch.channels_last)
+        p = _sliding(net, scaled, crop, flip, amp) if crop else _views(net, scaled, flip, amp)
+        total = total + (p if at == size else dnl.resize(p, size))
+    return total[0] / len(scales)
+
+
+def evaluate(net: nn.Module, dataset: DataSet, *, device: torch.device, rank: int = 0, world: int = 1, workers: int = 0,
+             progress: Callable[[int, int], None] = lambda done, n: None, **options: Any) -> Tensor:
+    """The confusion matrix (n, n) of the network on a labelled data set, int64 on the CPU, summed over all ranks.
+
+    Rank r takes images r, r + world, ...: none twice. options are `predict`'s. Leaves the network in eval mode.
+    Raises DataError for a split without ground truth or a file that cannot be used.
+    """
+    if not dataset.labelled:
+        raise DataError(f"split {dataset.split!r} of {dataset.name} has no ground truth, so it cannot be scored: "
+                         "take a labelled split, or write masks with predict.py")
+    net.eval()
+    n, matrix = len(dataset.classes), 0
+    matrix = torch.zeros(n, n, dtype=torch.int64, device=device)
+    for index, image, label in eval_images(dataset, rank, world, workers):
+        probabilities = predict(net, image.to(device, non_blocking=True), **options)
+        matrix += confusion(probabilities.argmax(0), label.to(device, non_blocking=True), n)
+        progress(index + 1, len(dataset))
+    matrix = matrix.cpu()
+    if world > 1:
+        dist.all_reduce(matrix)
+    return matrix
+
+
+# ------------------------------------------------------------------------------------------- what the scripts share
+
+
+@contextmanager
+def distributed() -> Iterator[tuple[int, int, torch.device]]:
+    """(rank, world, device) from torchrun's environment, or (0, 1, device) without it. The process group (nccl for GPU
+    tensors, gloo for CPU ones) lives exactly as long as the block; a rank that waits 10 minutes for another gives up."""
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    gpu = torch.cuda.is_available()
+    if gpu and local >= torch.cuda.device_count():
+        raise DataError(f"local rank {local} has no GPU, the machine has {torch.cuda.device_count()}: lower --nproc-per-node")
+    device = torch.device("cuda", local) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(minutes=10))
+    try:
+        yield rank, world, device
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def choose_amp(amp: str, device: torch.device) -> str:
+    """'auto' to 'bf16' where the machine computes it well (GPUs since Ampere, CPUs with AVX512-BF16 or AMX), else 'off'."""
+    if amp != "auto":
+        return amp
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
+    fast = [getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    return "bf16" if any(fast) else "off"
+
+
+def find_factory(context: str) -> Callable[[int, int], nn.Module] | None:
+    """The factory that `MODULE:FACTORY` names, imported; None for the built-in contexts. DataError when there is none."""
+    if ":" not in context:
+        return None
+    module, name = context.split(":", 1)
+    sys.path.insert(0, os.getcwd())  # the user's module lies where the user stands
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError) as e:
+        raise DataError(f"--context {context}: {e}; expected MODULE:FACTORY with FACTORY(channels, num_classes) -> module") from None
+    finally:
+        sys.path.pop(0)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint's dict, on the CPU. DataError when it is missing, damaged (the zip's own checksums) or of another kind."""
+    try:
+        with zipfile.ZipFile(path) as z:
+            bad = z.testzip()
+        if bad:
+            raise DataError(f"{path}: damaged at {bad}: use the previous one or train again")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such checkpoint: give a .pt file that train.py wrote") from None
+    except DataError:
+        raise
+    except Exception as e:  # a damaged file can fail in any of the layers that parse it
+        raise DataError(f"{path}: not a readable checkpoint ({type(e).__name__}): give a .pt file that train.py wrote") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("version") != VERSION:
+        raise DataError(f"{path}: not a checkpoint of this version ({VERSION}): give a .pt file that train.py wrote")
+    return checkpoint
+
+
+def write(path: Path, save: Callable[[Any], Any]) -> None:
+    """Call save(file) on a file beside `path`, flush it to the disk, then replace: `path` is whole whatever happens, the
+    old one or the new one. OSError (a full disk) leaves the old one and nothing beside it."""
+    beside = path.with_name(path.name + ".part")
+    try:
+        with open(beside, "wb") as f:
+            save(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(beside, path)
+    except BaseException as e:
+        beside.unlink(missing_ok=True)
+        if isinstance(e, RuntimeError):  # torch.save's writer, when its file fails
+            raise OSError(f"writing {path} failed: {e}") from None
+        raise
+
+
+def load_network(path: str | Path, device: torch.device, context: str | None = None) -> tuple[dnl.Network, dict[str, Any]]:
+    """The network of a checkpoint, rebuilt, filled, in eval mode and channels_last on the device; and the checkpoint.
+
+    context: MODULE:FACTORY again, where the checkpoint was trained with one: no field of a file is imported.
+    """
+    checkpoint = read_checkpoint(path)
+    try:
+        config = dnl.Config(**checkpoint["config"])
+        if ":" in config.context and context != config.context:
+            raise DataError(f"{path}: trained with --context {config.context}; name it again to let it be imported")
+        net = dnl.build(config, find_factory(config.context))
+        dnl.load_strict(net, checkpoint["model"], str(path))
+    except (KeyError, TypeError, ValueError) as e:
+        raise e if isinstance(e, DataError) else DataError(f"{path}: {e}") from None
+    return net.to(device, memory_format=torch.channels_last).eval(), checkpoint
+
+
+def run_script(main: Callable[[], int | None]) -> None:
+    """Run a script's main; wrong input becomes one line on standard error and exit status 2."""
+    try:
+        sys.exit(main())
+    except DataError as e:
+        print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, as those of wrong files."""
+
+    def error(self, message: str) -> None:
+        raise DataError(f"{message} (--help lists the flags)")
+
+
+# -------------------------------------------------------------------------------------------------------- pictures
+
+
+def colorize(ids: np.ndarray, colors: Sequence[tuple[int, int, int]]) -> Image.Image:
+    """Class ids (H, W) uint8 in the classes' colours, 255 black, as a palette image: its pixels remain the ids."""
+    image = Image.fromarray(ids)
+    image.putpalette([c for color in colors for c in color] + [0] * (768 - 3 * len(colors)))
+    return image
+
+
+def sheet(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], classes: Sequence[str],
+          colors: Sequence[tuple[int, int, int]], width: int = 320) -> Image.Image:
+    """Rows of pictures under titles, each `width` wide, and below them a legend of the classes."""
+    font, gap, line = ImageFont.load_default(14), 6, 22
+    rows = [[im.convert("RGB").resize((width, max(1, round(im.height * width / im.width))),
+                                      Image.Resampling.NEAREST if im.mode == "P" else Image.Resampling.BILINEAR)
+             for im in row] for row in rows]
+    across = len(titles) * (width + gap) + gap
+    column = max(int(font.getlength(c)) for c in classes) + 40
+    per_line = max(1, (across - gap) // column)
+    tall = line + sum(row[0].height + gap for row in rows) + line * -(-len(classes) // per_line) + gap
+    out = Image.new("RGB", (across, tall), "white")
+    draw, y = ImageDraw.Draw(out), line
+    for i, title in enumerate(titles):
+        draw.text((gap + i * (width + gap), 3), title, "black", font)
+    for row in rows:
+        for i, im in enumerate(row):
+            out.paste(im, (gap + i * (width + gap), y))
+        y += row[0].height + gap
+    for i, (name, color) in enumerate(zip(classes, colors)):
+        left, top = gap + i % per_line * column, y + i // per_line * line
+        draw.rectangle((left, top + 2, left + 16, top + 16), tuple(color), "black")
+        draw.text((left + 22, top), name, "black", font)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------- the script
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    p = Parser(description="mIoU of a checkpoint", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("checkpoint")
+    p.add_argument("--data", help="data set (default: the checkpoint's)")
+    p.add_argument("--root", help="its folder (default: the checkpoint's)")
+    p.add_argument("--split", default="val")
+    p.add_argument("--scales", type=float, nargs="+", default=[1.0])
+    p.add_argument("--flip", action="store_true", help="average with the mirrored image")
+    p.add_argument("--crop", type=int, help="sliding windows of this size (default: the whole image)")
+    p.add_argument("--amp", choices=["auto", *AMP], help="precision (default: the checkpoint's)")
+    p.add_argument("--context", help="MODULE:FACTORY, again, where training was given one")
+    p.add_argument("--workers", type=int, default=2, help="processes that read images, per rank")
+    p.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    args = p.parse_args(argv)
+    if min(args.scales) <= 0 or (args.crop is not None and args.crop < 1) or args.workers < 0:
+        raise DataError("--scales and --crop must be above 0, --workers 0 or more")
+    return args
+
+
+def open_like(checkpoint: dict[str, Any], data: str | None, root: str | None, split: str, source: str) -> DataSet:
+    """The data set that a checkpoint was trained on, or the named one; DataError when their classes differ."""
+    dataset = open_dataset(data or checkpoint["data"], root or (None if data else checkpoint["root"]), split)
+    if list(dataset.classes) != list(checkpoint["classes"]):
+        raise DataError(f"{source}: trained on {len(checkpoint['classes'])} classes ({', '.join(checkpoint['classes'][:3])}, ...), "
+                         f"the data set has {len(dataset.classes)} ({', '.join(dataset.classes[:3])}, ...)")
+    return dataset
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    with distributed() as (rank, world, device):
+        net, checkpoint = load_network(args.checkpoint, device, args.context)
+        dataset = open_like(checkpoint, args.data, args.root, args.split, args.checkpoint)
+        amp = choose_amp(args.amp or checkpoint["amp"], device)
+        show = rank == 0 and sys.stderr.isatty()
+        matrix = evaluate(net, dataset, device=device, rank=rank, world=world, workers=args.workers, scales=args.scales,
+                          flip=args.flip, crop=args.crop, amp=AMP[amp],
+                          progress=lambda done, n: show and print(f"\r{done}/{n} images", end="", file=sys.stderr))
+        if show:
+            print(file=sys.stderr)
+        result = scores(matrix)
+        if rank == 0:
+            print(table(result, dataset.classes))
+            if args.json:
+                print(json.dumps({"miou": result["miou"], "accuracy": result["accuracy"],
+                                  "iou": dict(zip(dataset.classes, result["iou"])), "images": len(dataset),
+                                  "split": args.split, "amp": amp, "confusion": matrix.tolist()}))
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

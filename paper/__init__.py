@@ -1,0 +1,1 @@
+"""What reproduces the paper's comparisons: the peers' context modules, the tables, the noise, the figures."""

@@ -1,0 +1,394 @@
+"""The paper's figures from your own checkpoints and images, as PNG.
+
+    python -m paper.figures attention best.pt street.jpg --pixel 120,200 --out attention.png       # Figs. 1 and 11
+    python -m paper.figures compare nl.pt ccnet.pt dnl.pt --names NL CCNet Ours --images 0 7 30    # Figs. 5 to 9
+    python -m paper.figures region nl.pt dnl.pt --class road --images 0 7                          # Fig. 10
+    python -m paper.figures curves runs/nl runs/dnl                                                # loss and mIoU
+
+Checkpoints bring their data set with them (--data and --root name another place). Pixels are X,Y in the image, from 0.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+import dnl
+from data import IGNORE, DataError, DataSet, decode_image, normalize, palette, read
+from evaluate import (AMP, Parser, choose_amp, colorize, load_network, open_like, predict, read_checkpoint, run_script,
+                      sheet)
+
+# ---------------------------------------------------------------------------- attention maps of chosen pixels
+
+# from dark to light in even steps of CIE lightness (L* 15 35 55 75 95), so that equal steps of attention look equal
+HEAT = ((42, 12, 111), (151, 22, 121), (229, 78, 95), (251, 167, 57), (249, 244, 166))
+
+
+def heat(x: np.ndarray) -> np.ndarray:
+    """Values 0..1 of any shape to colours (..., 3) uint8, their lightness even in the value."""
+    points = np.linspace(0, 1, len(HEAT))
+    return np.stack([np.interp(x, points, channel) for channel in zip(*HEAT)], -1).round().astype(np.uint8)
+
+
+def require_attention(net: dnl.Network, source: str) -> None:
+    """DataError unless the network has the maps A, A', A''. source: the checkpoint, for the message."""
+    if not isinstance(net.context, dnl.DenoisedNonLocal):
+        raise DataError(f"{source}: context {net.config.context!r} has no attention maps A, A', A''; "
+                        "give a checkpoint trained with --context dnl or nl")
+
+
+def attention_inputs(net: dnl.Network, image: Tensor,
+                     amp: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor | None, tuple[int, int]]:
+    """Q, K (1, C', N), P (1, n, N) or None without GR, and F's size, of one image (3, H, W), 0..255, on the net's device."""
+    x = normalize(image[None]).contiguous(memory_format=torch.channels_last)
+    with torch.autocast(x.device.type, amp or torch.bfloat16, enabled=amp is not None):
+        *_, f, p = net.features(x)
+        q, k, _, p = net.context.inputs(f, p)
+    return q, k, p, tuple(f.shape[2:])
+
+
+@torch.inference_mode()
+def attention_maps(net: dnl.Network, image: Tensor, pixel: tuple[int, int],
+                   amp: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The rows of A, A', A'' (Fig. 4) and P_class that a pixel (x, y) of the image (3, H, W) receives by: title -> (h, w)
+    at F's size, float32 on the CPU. Maps of parts that the network lacks are left out. DataError: outside the image."""
+    H, W = image.shape[1:]
+    x, y = pixel
+    if not (0 <= x < W and 0 <= y < H):
+        raise DataError(f"pixel {x},{y}: outside the image of {W}x{H} (width x height); expected X 0..{W - 1}, Y 0..{H - 1}")
+    q, k, p, size = attention_inputs(net, image, amp)
+    h, w = size
+    at = round(y * (h - 1) / max(1, H - 1)) * w + round(x * (w - 1) / max(1, W - 1))  # nearest, corners on corners
+    query = torch.tensor([at], device=image.device)
+    a, rectified, retained = dnl.denoised_maps(q, k, p, size, net.context.kernel, query)
+    maps = {"A": a}
+    if p is not None:
+        maps["A' (after GR)"] = rectified
+    if net.context.kernel:
+        maps["A'' (after LR)"] = retained
+    if p is not None:
+        maps["P_class"] = dnl.class_affinity(p, query)
+    return {title: m[0].unflatten(1, size)[0].float().cpu() for title, m in maps.items()}
+
+
+def overlay_map(image: Image.Image, values: Tensor) -> Image.Image:
+    """A map (h, w), scaled by its own maximum, in colours over the grey picture, at the picture's size."""
+    full = dnl.resize(values[None, None], (image.height, image.width))[0, 0].numpy()
+    colors = heat(full / max(float(values.max()), 1e-30)).astype(np.float32)
+    grey = np.asarray(image.convert("L"), np.float32)[..., None] / 255
+    return Image.fromarray((0.7 * colors + 0.3 * 255 * grey).round().astype(np.uint8))
+
+
+def mark(image: Image.Image, at: tuple[float, float]) -> Image.Image:
+    """A copy with a green cross, edged in black, at (x, y)."""
+    image = image.copy()
+    draw, (x, y), arm = ImageDraw.Draw(image), at, max(5, image.width // 28)
+    for color, width, reach in (("black", 5, arm + 1), ((0, 255, 0), 3, arm)):
+        draw.line((x - reach, y, x + reach, y), color, width)
+        draw.line((x, y - reach, x, y + reach), color, width)
+    return image
+
+
+def attention_row(net: dnl.Network, image: Tensor, pixel: tuple[int, int], amp: torch.dtype | None = None,
+                  width: int = 900, note: str = "") -> list[tuple[str, str, Image.Image]]:
+    """(title, caption, picture) of the marked image and of each map over it, `width` pixels together. Arguments as of
+    `attention_maps`; note: what to add to the image's caption, as the pixel's class."""
+    maps = attention_maps(net, image, pixel, amp)
+    across = max(1, (width - 6) // (len(maps) + 1) - 6)
+    H, W = image.shape[1:]
+    small = Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).resize(
+        (across, max(1, round(H * across / W))), Image.Resampling.BILINEAR)
+    at = ((pixel[0] + 0.5) * small.width / W, (pixel[1] + 0.5) * small.height / H)
+    return [("image", f"{pixel[0]},{pixel[1]} {note}", mark(small, at)),
+            *((title, f"max {m.max():.3g}", mark(overlay_map(small, m), at)) for title, m in maps.items())]
+
+
+def attention_grid(rows: Sequence[Sequence[tuple[str, str, Image.Image]]]) -> Image.Image:
+    """Rows of `attention_row` under one line of titles, each picture with its caption, and the colour scale below."""
+    font, gap, line = ImageFont.load_default(14), 6, 20
+    across = rows[0][0][2].width + gap
+    out = Image.new("RGB", (len(rows[0]) * across + gap, sum(r[0][2].height + line + gap for r in rows) + 2 * line + 8),
+                    "white")
+    draw, y = ImageDraw.Draw(out), line
+    for i, (title, _, _) in enumerate(rows[0]):
+        draw.text((gap + i * across, 2), title, "black", font)
+    for row in rows:
+        for i, (_, caption, picture) in enumerate(row):
+            out.paste(picture, (gap + i * across, y))
+            draw.text((gap + i * across, y + picture.height + 1), caption, "dimgray", font)
+        y += row[0][2].height + line + gap
+    bar = heat(np.linspace(0, 1, max(2, out.width // 4)))[None].repeat(14, 0)
+    out.paste(Image.fromarray(bar), (gap + 14, y + 4))
+    draw.text((gap, y + 2), "0", "black", font)
+    draw.text((gap + 20 + bar.shape[1], y + 2), "maximum, each map by its own", "black", font)
+    return out
+
+
+def attention_sheet(net: dnl.Network, image: Tensor, pixel: tuple[int, int], amp: torch.dtype | None = None,
+                    width: int = 900) -> Image.Image:
+    """The picture of one pixel's maps (Figs. 1 and 11). image (3, H, W) uint8 on the network's device, pixel (x, y) in it.
+    DataError: outside the image."""
+    return attention_grid([attention_row(net, image, pixel, amp, width)])
+
+
+# ------------------------------------------------------------------------------------------ predictions, compared
+
+
+def load(path: str, device: torch.device, contexts: Sequence[str]) -> tuple[dnl.Network, dict]:
+    """`evaluate.load_network`, where the checkpoint's context may be any that --context names."""
+    context = read_checkpoint(path).get("config", {}).get("context")
+    return load_network(path, device, context if context in contexts else None)
+
+
+def predict_ids(net: dnl.Network, image: np.ndarray, device: torch.device, amp: torch.dtype | None) -> np.ndarray:
+    """Class ids (H, W) uint8 of an image (H, W, 3) uint8."""
+    return predict(net, torch.tensor(image, device=device).permute(2, 0, 1), amp=amp).argmax(0).byte().cpu().numpy()
+
+
+def draw_pixels(ids: np.ndarray, count: int, rng: np.random.Generator) -> list[tuple[int, int]]:
+    """(x, y) of one pixel from each of `count` classes of a prediction (H, W), or of as many as cover 1 % of it."""
+    classes, sizes = np.unique(ids, return_counts=True)
+    large = rng.permutation(classes[sizes >= ids.size / 100])[:count]
+    places = [int(rng.choice(np.flatnonzero(ids == c))) for c in large]
+    return [(i % ids.shape[1], i // ids.shape[1]) for i in places]
+
+
+def largest_boxes(weight: np.ndarray, count: int = 2) -> list[tuple[int, int, int]]:
+    """(left, top, side) of up to `count` squares that do not overlap, each with the largest sum of the weights (H, W), 0..1,
+    that is left. side is a quarter of the short side; squares with a mean weight below 0.02 are left out."""
+    side, found = max(1, min(weight.shape) // 4), []
+    weight = weight.astype(np.float64)
+    for _ in range(count):
+        total = np.pad(weight, ((1, 0), (1, 0))).cumsum(0).cumsum(1)  # summed-area table
+        sums = total[side:, side:] - total[:-side, side:] - total[side:, :-side] + total[:-side, :-side]
+        top, left = (int(i) for i in np.unravel_index(sums.argmax(), sums.shape))
+        if sums[top, left] < 0.02 * side * side:
+            break
+        found.append((left, top, side))
+        weight[top:top + side, left:left + side] = -float(weight.size)  # no later square gains by touching this one
+    return found
+
+
+def boxed(image: Image.Image, boxes: Sequence[tuple[int, int, int]], width: int) -> Image.Image:
+    """The picture, `width` wide, with the boxes of `largest_boxes` in white, edged in black."""
+    scale = width / image.width
+    how = Image.Resampling.NEAREST if image.mode == "P" else Image.Resampling.BILINEAR
+    out = image.convert("RGB").resize((width, max(1, round(image.height * scale))), how)
+    for box in boxes:
+        x, y, s = (round(v * scale) for v in box)
+        for outset, color, line in ((1, "black", 4), (0, "white", 2)):
+            ImageDraw.Draw(out).rectangle((x - outset, y - outset, x + s + outset, y + s + outset), outline=color, width=line)
+    return out
+
+
+def region(image: np.ndarray, mask: np.ndarray, color: Sequence[int]) -> Image.Image:
+    """The pixels of a mask (H, W) in a colour over the darkened grey image (H, W, 3), as Fig. 10 shows one class."""
+    grey = np.asarray(Image.fromarray(image).convert("L"), np.float32)[..., None]
+    shown = np.where(mask[..., None], 0.35 * grey + 0.65 * np.asarray(color), 0.5 * grey)
+    return Image.fromarray(shown.round().astype(np.uint8))
+
+
+def disagreement(guesses: Sequence[np.ndarray], truth: np.ndarray | None) -> np.ndarray:
+    """(H, W) bool: where predictions are not all equal, a single one: where it is not the truth. False at label 255."""
+    against = truth if len(guesses) == 1 and truth is not None else guesses[0]
+    differ = np.any([g != against for g in guesses], 0)
+    return differ if truth is None else differ & (truth != IGNORE)
+
+
+def predictions(args: argparse.Namespace, device: torch.device) -> tuple[DataSet, list[int], list[list[np.ndarray]]]:
+    """The data set, the chosen image numbers, and each checkpoint's class ids (H, W) of each. One network at a time is held.
+    DataError: unequal classes, no such image."""
+    guesses = []
+    for path in args.checkpoints:
+        net, checkpoint = load(path, device, args.context)
+        dataset = open_like(checkpoint, args.data, args.root, args.split, path)
+        chosen = args.images or np.linspace(0, len(dataset) - 1, min(3, len(dataset))).round().astype(int).tolist()
+        if not all(0 <= i < len(dataset) for i in chosen):
+            raise DataError(f"--images {' '.join(map(str, chosen))}: expected numbers in 0..{len(dataset) - 1}, the images of "
+                            f"{dataset.name} {args.split}")
+        amp = AMP[choose_amp(checkpoint["amp"], device)]
+        guesses.append([predict_ids(net, read(dataset, i)[0], device, amp) for i in chosen])
+    return dataset, chosen, guesses
+
+
+def compare(args: argparse.Namespace, device: torch.device) -> Image.Image:
+    """Image, each checkpoint's prediction and ground truth, the regions that differ most boxed (Figs. 5 to 9); with --class
+    the region of that class in each, without boxes (Fig. 10)."""
+    names = ["image", *named(args.names, args.checkpoints), "ground truth"]
+    dataset, chosen, guesses = predictions(args, device)
+    if args.name not in (None, *dataset.classes):
+        raise DataError(f"--class {args.name}: expected one of {', '.join(dataset.classes)}")
+    names = names if dataset.labelled else names[:-1]
+    rows, width = [], (args.width - 6) // len(names) - 6
+    for i, row in zip(chosen, zip(*guesses)):
+        image, truth = read(dataset, i)
+        shown = row if truth is None else (*row, truth)
+        if args.name is None:
+            boxes, cells = largest_boxes(disagreement(row, truth)), [colorize(ids, dataset.colors) for ids in shown]
+        else:
+            c = dataset.classes.index(args.name)
+            boxes, cells = [], [region(image, ids == c, dataset.colors[c]) for ids in shown]
+        rows.append([boxed(cell, boxes, width) for cell in (Image.fromarray(image), *cells)])
+    legend = [(n, c) for n, c in zip(dataset.classes, dataset.colors) if args.name in (None, n)]
+    return sheet(rows, names, *zip(*legend), width)
+
+
+def named(names: Sequence[str] | None, paths: Sequence[str]) -> Sequence[str]:
+    """A title for each path: --names, or the end of the path. DataError when they are not as many."""
+    if names and len(names) != len(paths):
+        raise DataError(f"--names: got {len(names)} names for {len(paths)} paths: give one for each")
+    return names or [str(Path(*Path(p).parts[-2:])) for p in paths]
+
+
+# --------------------------------------------------------------------------------------------------------- curves
+
+
+def read_log(run: str) -> list[dict]:
+    """The epochs of a run's log.jsonl (the run's folder, or the file). DataError: none there, or not such a file."""
+    path = Path(run, "log.jsonl") if Path(run).is_dir() else Path(run)
+    try:
+        epochs = [e for e in map(json.loads, path.read_text(encoding="utf-8").splitlines()) if "settings" not in e]
+        if not epochs or not all({"epoch", "loss", "miou"} <= e.keys() for e in epochs):
+            raise ValueError("no epoch in it")
+    except (OSError, ValueError, AttributeError, TypeError) as e:
+        raise DataError(f"{path}: not the log of a run ({getattr(e, 'strerror', None) or e}): name the folder that train.py "
+                        "wrote, after its first epoch") from None
+    return epochs
+
+
+def ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Round numbers (1, 2 or 5 times a power of ten apart) from low to high, at most `about` + 1 of them."""
+    rough = max(high - low, 1e-9) / about
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
+    return [round(i * step, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def panel(title: str, lines: Sequence[Sequence[tuple[float, float]]], colors: Sequence[tuple[int, int, int]],
+          x_end: int, size: tuple[int, int]) -> Image.Image:
+    """A diagram of lines of points (epoch, value) over the epochs 0..x_end, of the size (width, height)."""
+    out, font = Image.new("RGB", size, "white"), ImageFont.load_default(24)
+    draw, (left, top, right, bottom) = ImageDraw.Draw(out), (90, 50, size[0] - 30, size[1] - 60)
+    ys = [y for line in lines for _, y in line] or [0, 1]
+    margin = 0.05 * (max(ys) - min(ys) or 1)
+    low, high = min(ys) - margin, max(ys) + margin
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return left + (right - left) * x / x_end, bottom - (bottom - top) * (y - low) / (high - low)
+
+    draw.text((left, 8), title, "black", font)
+    for y in ticks(low, high):
+        draw.line((left, place(0, y)[1], right, place(0, y)[1]), (225, 225, 225), 2)
+        draw.text((left - 10, place(0, y)[1]), f"{y:g}", "black", font, anchor="rm")
+    for x in ticks(0, x_end):
+        draw.text((place(x, low)[0], bottom + 8), f"{x:g}", "black", font, anchor="mt")
+    draw.text((right, size[1] - 26), "epoch", "black", font, anchor="rt")
+    draw.line((left, top, left, bottom, right, bottom), "black", 2)
+    for line, color in zip(lines, colors):
+        points = [place(*p) for p in line]
+        draw.line(points, color, 4, "curve")
+        for x, y in points if len(points) < 80 else ():
+            draw.ellipse((x - 5, y - 5, x + 5, y + 5), color)
+    return out
+
+
+def curves(runs: Sequence[str], names: Sequence[str] | None = None, width: int = 900) -> Image.Image:
+    """Training loss and validation mIoU of runs over their epochs, side by side. DataError: a run without a log."""
+    logs, colors = [read_log(run) for run in runs], palette(len(runs))
+    last = max(log[-1]["epoch"] for log in logs)
+    out = Image.new("RGB", (2 * width, 760 + 40 * len(runs)), "white")  # drawn twice as large: smooth lines
+    for i, (key, title) in enumerate((("loss", "training loss"), ("miou", "validation mIoU"))):
+        lines = [[(e["epoch"], e[key]) for e in log if e[key] is not None] for log in logs]
+        out.paste(panel(title, lines, colors, last, (width, 760)), (i * width, 0))
+    draw, font = ImageDraw.Draw(out), ImageFont.load_default(28)
+    for i, (name, color) in enumerate(zip(named(names, runs), colors)):
+        best = max((e["miou"] for e in logs[i] if e["miou"] is not None), default=None)
+        draw.rectangle((90, 770 + 40 * i, 130, 790 + 40 * i), color)
+        text = name if best is None else f"{name}   best mIoU {best:.4f}"
+        draw.text((145, 780 + 40 * i), text, "black", font, anchor="lm")
+    return out.resize((width, out.height // 2), Image.Resampling.LANCZOS)
+
+
+# ------------------------------------------------------------------------------------------------------ the script
+
+
+def attention(args: argparse.Namespace, device: torch.device) -> Image.Image:
+    """One row for each image and chosen pixel; without --pixel two pixels of different predicted classes."""
+    net, checkpoint = load(args.checkpoint, device, args.context)
+    require_attention(net, args.checkpoint)
+    amp, rows = AMP[choose_amp(checkpoint["amp"], device)], []
+    for path in args.images:
+        image = decode_image(Path(path))
+        ids = predict_ids(net, image, device, amp)
+        for x, y in args.pixel or draw_pixels(ids, 2, np.random.default_rng(args.seed)):
+            inside = 0 <= y < ids.shape[0] and 0 <= x < ids.shape[1]  # attention_row raises for the others
+            rows.append(attention_row(net, torch.tensor(image, device=device).permute(2, 0, 1), (x, y), amp, args.width,
+                                      checkpoint["classes"][ids[y, x]] if inside else ""))
+    return attention_grid(rows)
+
+
+def pixel_of(text: str) -> tuple[int, int]:
+    """X,Y as given on the command line."""
+    try:
+        x, y = map(int, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected X,Y in whole pixels, as 120,200") from None
+    return x, y
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    main = Parser(description="The paper's figures", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    figures = main.add_subparsers(dest="figure", required=True)
+    a = figures.add_parser("attention", help="A, A', A'' and P_class of chosen pixels")
+    a.add_argument("checkpoint")
+    a.add_argument("images", nargs="+", metavar="IMAGE")
+    a.add_argument("--pixel", type=pixel_of, nargs="+", metavar="X,Y", help="(default: from the predicted classes)")
+    a.add_argument("--seed", type=int, default=0, help="of drawn pixels")
+    for name, text in (("compare", "predictions side by side"), ("region", "the region predicted as one class")):
+        c = figures.add_parser(name, help=text)
+        c.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT")
+        c.add_argument("--names", nargs="+", help="titles of the checkpoints")
+        c.add_argument("--data", help="data set (default: the checkpoint's)")
+        c.add_argument("--root", help="its folder (default: the checkpoint's)")
+        c.add_argument("--split", default="val")
+        c.add_argument("--images", type=int, nargs="+", metavar="I", help="numbers of images, from 0 (default: three)")
+        c.add_argument("--class", dest="name", required=True) if name == "region" else c.set_defaults(name=None)
+    c = figures.add_parser("curves", help="loss and mIoU of runs")
+    c.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or its log.jsonl")
+    c.add_argument("--names", nargs="+", help="titles of the runs")
+    for name, p in figures.choices.items():
+        p.add_argument("--out", default=f"{name}.png", help="the picture to write")
+        p.add_argument("--width", type=int, default=900, help="of the picture, in pixels")
+        if name != "curves":
+            p.add_argument("--context", nargs="+", default=[], help="MODULE:FACTORY, again, where training was given one")
+    args = main.parse_args(argv)
+    if args.width < 200:
+        raise DataError(f"--width {args.width}: expected 200 or more")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.figure == "curves":
+        out = curves(args.runs, args.names, args.width)
+    else:
+        out = {"attention": attention, "compare": compare, "region": compare}[args.figure](args, device)
+    try:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        out.save(args.out)
+    except (OSError, ValueError) as e:
+        raise DataError(f"--out {args.out}: cannot be written ({e}): name a .png file in a folder of yours") from None
+    print(f"wrote {args.out}, {out.width}x{out.height}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

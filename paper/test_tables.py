@@ -1,0 +1,298 @@
+"""paper/tables.py: the costs of Table V against closed forms, and the runner with a stand-in for train.py."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import dnl
+import train
+from data import DataError
+from paper import tables
+
+META = torch.device("meta")  # counts, without arithmetic
+
+STAND_IN = """
+import json, os, sys, time
+from pathlib import Path
+here, value = Path(__file__).parent, lambda flag: sys.argv[sys.argv.index(flag) + 1]
+out, epochs, log = Path(value("--out")), int(value("--epochs")), Path(value("--out")) / "log.jsonl"
+with open(out / "starts", "a") as f:
+    f.write(os.environ.get("CUDA_VISIBLE_DEVICES", "all") + "\\n")
+if (here / "broken").exists() and out.name.startswith((here / "broken").read_text()):
+    sys.exit("no such luck")
+lines = log.read_text().splitlines() if log.exists() else [json.dumps({"settings": {"epochs": epochs}})]
+for epoch in range(len(lines), epochs + 1):
+    time.sleep(float((here / "pace").read_text()))
+    with open(out / "epochs", "a") as f:
+        f.write(f"{epoch}\\n")
+    lines.append(json.dumps({"epoch": epoch, "miou": (int(value("--seed")) + 5) / 10 + (epoch == 1) / 20}))
+    (out / "part").write_text("\\n".join(lines))
+    os.replace(out / "part", log)
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    """A train.py that takes no time: mIoU (5 + seed) / 10, 0.05 more after the first epoch."""
+    (tmp_path / "pace").write_text("0")
+    (tmp_path / "train.py").write_text(STAND_IN)
+    return tmp_path / "train.py"
+
+
+def run(script, *, table="ablation", seeds=(0,), jobs=2, epochs=2):
+    return tables.run_table(table, script.parent / "out", seeds, jobs, ["--epochs", str(epochs)], script)
+
+
+def lines(path):
+    return path.read_text().split() if path.exists() else []
+
+
+def made_up(folder, name, seed, mious, epochs=2, **settings):
+    """A cell whose log holds these scores."""
+    cell = tables.Cell(name, seed, folder / f"{name}-seed{seed}", (), dict(
+        data="folder", backbone="resnet50", preset="paper", epochs=epochs, crop=64, batch=4) | settings)
+    cell.out.mkdir()
+    log = [{"settings": cell.settings}, *({"epoch": i, "miou": m} for i, m in enumerate(mious, 1))]
+    (cell.out / "log.jsonl").write_text("\n".join(map(json.dumps, log)) + "\n")
+    return cell
+
+
+# ---- Table V
+
+def test_costs_are_those_of_the_formulas():
+    """2 a multiply-add, from the shapes alone: C = 512, C' = 64, N = 48 * 48, n = 19."""
+    C, K, N, n, side = 512, 64, 48 * 48, 19, 48
+    projections, ours = 2 * (2 * N * C * K + N * C * C), 2 * N * N * (K + C)
+    crossed = projections + 2 * N * 2 * side * (K + C)
+    given = projections + ours + 2 * N * N * n + 2 * N * 9 * K  # P^T P and S_l
+    expected = {
+        "NL": (projections + ours, 328_321, 7.63), "CCNet, R = 1": (crossed, 328_321, 1.76),
+        "CCNet, R = 2": (2 * crossed, 328_321, 3.53), "DANet": (projections + ours + 4 * N * C * C, 328_322, 10.04),
+        "DRANet*": (None, 1_463_106, 0.73), "Denoised NL, map route, P given": (given, 327_681, 7.83),
+        "Denoised NL, value route, P given": (given, 327_681, 7.83),
+        "Denoised NL, value route, own P": (given + 2 * N * C * n, 327_681 + C * n + n, 7.87),
+        "OCNet": (None, 920_576, 9.66), "PPM": (None, 4_982_784, 21.75), "ASPP": (None, 4_460_032, 19.93)}
+    assert [b[0] for b in tables.BLOCKS] == list(expected)
+    for name, make, given_p, *_ in tables.BLOCKS:
+        flops, parameters, rounded = expected[name]
+        got = tables.measure(make, given_p, META)
+        assert got["parameters"] == parameters, name
+        assert f"{got['gflops']:.2f}" == f"{rounded:.2f}", name
+        assert flops is None or got["gflops"] * 1e9 == flops, name
+
+
+def test_map_route_is_the_same_block():
+    torch.manual_seed(0)
+    block, maps = dnl.DenoisedNonLocal(16, 5).double(), tables.MapRoute(16, 5).double()
+    maps.load_state_dict({k: torch.randn_like(v) for k, v in block.state_dict().items()})
+    block.load_state_dict(maps.state_dict())
+    x, p = torch.randn(2, 16, 4, 7).double(), torch.randn(2, 5, 4, 7).double()
+    torch.testing.assert_close(maps(x), block(x), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(maps(x, p), block(x, p), rtol=1e-10, atol=1e-10)
+
+
+def test_peak_counts_what_lives_at_once():
+    x, cpu = torch.ones(1000), torch.device("cpu")  # 4000 bytes
+
+    def one_after_the_other():
+        for _ in range(3):
+            y = x * 2
+            del y
+
+    assert tables.peak_memory(lambda: x.view(10, 100).t(), cpu) == 0  # the input's own memory
+    assert tables.peak_memory(lambda: x.clone().add_(1).view(10, 100), cpu) == 4000
+    assert tables.peak_memory(lambda: (x + 1) * 2, cpu) == 8000
+    assert tables.peak_memory(lambda: ((x + 1) * 2) - 3, cpu) == 8000
+    assert tables.peak_memory(one_after_the_other, cpu) == 4000
+    assert tables.peak_memory(lambda: [x + i for i in range(5)], cpu) == 20000
+
+
+def test_memory_of_the_maps():
+    """NL's peak is its logits and their softmax beside q, k and v; the map route's has the 9 unfolded N x N maps twice."""
+    measured = {b[0]: tables.measure(b[1], b[2], META)["memory"] for b in tables.BLOCKS[:6]}
+    N = 48 * 48
+    assert measured["NL"] == pytest.approx(4 * (2 * N * N + N * (64 + 64 + 512)) / 2**20)
+    assert 4 * 18 * N * N / 2**20 < measured["Denoised NL, map route, P given"] < 4 * 23 * N * N / 2**20
+    assert measured["CCNet, R = 1"] < measured["NL"] / 2
+
+
+def test_complexity_prints_each_block_beside_the_paper(monkeypatch, capsys):
+    monkeypatch.setattr(tables, "SIDE", 6)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert tables.main(["complexity", "--json"]) == 0
+    *text, last = capsys.readouterr().out.splitlines()
+    rows = {r["method"]: r for r in json.loads(last)["rows"]}
+    assert rows["NL"]["paper_gflops"] == 7.63 and rows["DANet"]["paper_memory"] == 570 and rows["PPM"]["paper_gflops"] is None
+    assert all(r["time"] > 0 and r["memory"] > 0 for r in rows.values())
+    assert sum(line.startswith("|") for line in text) == 2 + len(tables.BLOCKS)
+    assert "eval mode without gradient, fp32, CPU" in text[-1] and "MiB" in text[-1]
+
+
+# ---- tables
+
+def test_markdown():
+    assert tables.markdown(["a", "b"], [["x", 1], ["long", 22.5]]) == (
+        "| a    |    b |\n|------|-----:|\n| x    |    1 |\n| long | 22.5 |")
+
+
+def test_mean_and_sample_deviation(tmp_path):
+    cells = [made_up(tmp_path, "none", s, [0.9, m]) for s, m in enumerate((0.5, 0.6, 0.7))]
+    cells += [made_up(tmp_path, "dnl", 0, [0.1, 0.25]), made_up(tmp_path, "dnl", 1, [0.8])]  # the last is unfinished
+    row = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]]
+           for line in tables.score_table(cells, "the command").splitlines() if line.startswith("|")}
+    assert row["Method"] == ["runs", "mIoU, %", "deviation", "best epoch", "paper R-50"]
+    assert row["Baseline"] == ["3", "60.00", "10.00", "90.00", "76.7"]
+    assert row["Denoised NL"] == ["1", "25.00", "", "25.00", "82.0"]
+
+
+@pytest.mark.parametrize("backbone, head, figure", [
+    ("resnet101", "paper R-101 |", "83.5 |"), ("resnet18", "paper R-50 / R-101 |", "82.0 / 83.5 |")])
+def test_papers_figure_is_that_of_the_backbone(tmp_path, backbone, head, figure):
+    text = tables.score_table([made_up(tmp_path, "dnl", 0, [0.1, 0.2], backbone=backbone)], "the command").splitlines()
+    assert text[0].endswith(" " + head) and text[2].endswith(" " + figure) and backbone in text[4]
+
+
+def test_rows_are_the_networks_they_name():
+    flags = ["--backbone", "resnet18", "--channels", "32", "--preset", "released"]
+    contexts = {}
+    for cell in tables.cells_of("ablation", Path("out"), [3], flags) + tables.cells_of("compare", Path("out"), [3], flags):
+        args = train.parse(cell.argv, 1)
+        assert (args.seed, args.preset, args.out) == (3, "released", cell.out)
+        with META:
+            config = train.configuration(args, 19)
+            contexts[cell.name] = dnl.build(config, train.find_factory(config.context)).context
+    switches = {name: (contexts[name].gr, contexts[name].kernel) for name in ("nl", "gr", "lr", "dnl")}
+    assert switches == {"nl": (False, 0), "gr": (True, 0), "lr": (False, 3), "dnl": (True, 3)}
+    assert isinstance(contexts["none"], torch.nn.Identity)
+    assert {type(contexts[n]).__name__ for n in ("ppm", "aspp", "ocnet", "ccnet", "danet", "dranet")} == {
+        "PyramidPooling", "AtrousPyramid", "ObjectContext", "CrissCross", "Dual"}
+    assert hasattr(contexts["danet"].position, "query") and hasattr(contexts["dranet"].position, "encoders")
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["ablation", "--jobs", "0"], "--jobs 0: expected 1 or more"),
+    (["ablation", "--", "--seed", "4"], "--seed among train.py's flags"),
+    (["ablation", "--no-gr"], "--no-gr among train.py's flags"),
+    (["compare", "--context", "nl"], "--context among train.py's flags"),
+    (["compare", "--epoch5", "nl"], "unrecognized arguments: --epoch5 nl"),
+    (["complexity", "--seeds", "4"], "--seeds: not a flag of complexity")])
+def test_wrong_flags_are_named_before_anything_runs(tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=message):
+        tables.main(argv)
+    assert not any(tmp_path.iterdir())
+
+
+# ---- the runner
+
+def test_runs_every_cell_and_writes_the_results(script, capsys):
+    assert run(script, seeds=(0, 2), epochs=3) == 0
+    out = script.parent / "out"
+    results = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [(r["method"], r["seed"]) for r in results] == [(m, s) for s in (0, 2) for m in ("none", "nl", "gr", "lr", "dnl")]
+    assert all(r["miou"] == (5 + r["seed"]) / 10 and r["best"] == pytest.approx(r["miou"] + 0.05) for r in results)
+    table = (out / "table.md").read_text()
+    assert table.count("| 60.00 |") == 0 and table.count(" 60.00 |     14.14 |      65.00 |") == 5
+    assert f"python -m paper.tables ablation --out {out} --seeds 0 2 -- --epochs 3" in table
+    printed = capsys.readouterr().out
+    assert "epoch 30/30 of all runs, left 0:00:00" in printed and table in printed
+
+
+def test_finished_runs_are_not_repeated(script):
+    assert run(script) == run(script, seeds=(0, 1)) == 0
+    for folder in (script.parent / "out").glob("*-seed*"):
+        assert len(lines(folder / "starts")) == 1 and lines(folder / "epochs") == ["1", "2"]
+
+
+def test_a_failed_run_is_shown_and_the_others_go_on(script, capsys):
+    (script.parent / "broken").write_text("gr-")
+    assert run(script) == 1
+    shown = capsys.readouterr().err
+    assert "gr-seed0: failed, exit status 1" in shown and "no such luck" in shown
+    assert len((script.parent / "out" / "results.jsonl").read_text().splitlines()) == 4
+    (script.parent / "broken").unlink()
+    assert run(script) == 0
+    assert {f.name: len(lines(f / "starts")) for f in (script.parent / "out").glob("*-seed*")} == {
+        "none-seed0": 1, "nl-seed0": 1, "gr-seed0": 2, "lr-seed0": 1, "dnl-seed0": 1}
+
+
+def test_a_run_without_a_score_has_failed(script, capsys):
+    script.write_text("print('nothing done')")
+    assert run(script) == 1
+    assert capsys.readouterr().err.count("failed, exit status 0") == 5
+
+
+def test_finished_runs_of_other_settings_are_refused(script):
+    run(script, epochs=2)
+    with pytest.raises(DataError, match="none-seed0: finished with other settings .epochs 2 -> 3.: repeat"):
+        run(script, epochs=3)
+
+
+@pytest.mark.parametrize("visible, expected", [(None, {"0", "1"}), ("4,7", {"4", "7"}), ("5", {"5"})])
+def test_gpus_in_turn(script, monkeypatch, visible, expected):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    (script.parent / "pace").write_text("0.1")
+    run(script, epochs=1)
+    assert {gpu for f in (script.parent / "out").glob("*/starts") for gpu in lines(f)} == expected
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_in_the_middle_it_goes_on(script, number):
+    """Three cells are finished and two in the middle when the signal comes; no epoch is done twice after it."""
+    out = script.parent / "out"
+    (script.parent / "pace").write_text("0.3")
+    code = f"import sys; from pathlib import Path; sys.argv[1:] = ['ablation', '--out', {str(out)!r}, '--seeds', '0', '--jobs', '2', " \
+           f"'--epochs', '3']; from paper import tables; tables.run_table.__defaults__ = (Path({str(script)!r}),); sys.exit(tables.main())"
+    root = Path(tables.__file__).parents[1]
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=root, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(lambda: len(lines(out / "results.jsonl")) and lines(out / "lr-seed0" / "epochs"))
+        process.send_signal(number)
+        assert "the same command goes on" in process.communicate(timeout=30)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    done = {f.parent.name: lines(f) for f in out.glob("*/epochs")}
+    time.sleep(0.7)
+    assert {f.parent.name: lines(f) for f in out.glob("*/epochs")} == done  # the children are gone too
+    finished = {name for name, epochs in done.items() if len(epochs) == 3}
+    assert finished and len(finished) < 5
+    (script.parent / "pace").write_text("0")
+    assert run(script, epochs=3) == 0
+    for folder in out.glob("*-seed*"):
+        assert (len(lines(folder / "starts")) == 1) == (folder.name in finished or folder.name not in done)
+        assert lines(folder / "epochs") == ["1", "2", "3"]
+
+
+def test_one_command_at_a_time_and_none_beside_a_run_left_behind(script, tmp_path):
+    out = tmp_path / "out"
+    (tmp_path / "pace").write_text("60")
+    cell, = tables.cells_of("ablation", out, [0], ["--epochs", "1"])[:1]
+    with tables.locked(out) as lock:
+        with pytest.raises(DataError, match="another command, or a run that it left, is at work there"):
+            run(script)
+        child = tables.start(cell, 0, 1, script, lock)
+    try:
+        with pytest.raises(DataError, match="is at work there"):
+            run(script, epochs=1)
+    finally:
+        child.kill()
+        child.wait()
+    (tmp_path / "pace").write_text("0")
+    assert run(script, epochs=1) == 0

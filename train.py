@@ -1,0 +1,623 @@
+"""Train a segmentation network, by default Denoised Non-Local as the paper trains it.
+
+    python train.py                                                           # synthetic scenes, on any machine
+    torchrun --nproc-per-node 8 train.py --data cityscapes --root DIR --weights imagenet
+    torchrun --nproc-per-node 8 train.py --data ade20k --root DIR --weights imagenet
+    python train.py --data folder --root DIR                                  # your own images
+
+A run's folder (runs/DATA, or --out) holds last.pt, best.pt, log.jsonl and, at the end, val.png. The same command again
+goes on where the run was, on any number of ranks: a sample is a function of (seed, epoch, index), a step of the
+weights and its number, so nothing is replayed and nothing else is random.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
+
+import dnl
+from data import IGNORE, SETTINGS, DataError, DataSet, color_jitter, normalize, open_dataset, read, step_items, train_batches
+from evaluate import (AMP, VERSION, Parser, choose_amp, colorize, distributed, evaluate, find_factory, predict, read_checkpoint,
+                      run_script, scores, sheet, table, write)
+
+# ------------------------------------------------------------------------------------------------ schedule and loss
+
+
+def rate(step: int, total: int, power: float = 0.9, warmup: int = 0) -> float:
+    """The factor of the learning rate at a step: (1 - step / total) ** power (Section IV-A), rising linearly over the first
+    `warmup` steps."""
+    return (1 - step / total) ** power * min(1.0, (step + 1) / (warmup + 1))
+
+
+def pixel_losses(logits: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Cross-entropy of each pixel, (B, H, W) fp32, 0 where the label (B, H, W) is 255. logits (B, n, h, w), resized here.
+
+    Image by image, each made again in the backward: full-size logits of one image are all that is ever in memory.
+    weight: (n,) of the classes.
+    """
+    def one(x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(dnl.resize(x.float(), y.shape[1:]), y.long(), weight, ignore_index=IGNORE, reduction="none")
+
+    return torch.cat([recomputed(one, x, y, use_reentrant=False, preserve_rng_state=False)
+                      for x, y in zip(logits.split(1), label.split(1))])
+
+
+def hardest(pixels: Tensor, threshold: float = 0.7, at_least: int = 100_000) -> Tensor:
+    """OHEM: a mask of the pixels whose true class has a probability below the threshold, the hardest `at_least` in any case."""
+    known = pixels.flatten()[pixels.flatten() > 0]
+    if known.numel() <= at_least:
+        return pixels > 0
+    return pixels >= known.topk(at_least).values[-1].clamp(max=-math.log(threshold))
+
+
+def losses(outputs: Sequence[Tensor], label: Tensor, labelled: float, weight: Tensor | None = None) -> Tensor:
+    """The cross-entropy of each output, (len(outputs),): this rank's sum divided by `labelled`, the labelled pixels of the
+    whole step over all ranks (weighted, if weights are given). So the sum over ranks is the mean over the batch."""
+    return torch.stack([pixel_losses(o, label, weight).sum() for o in outputs]) / max(labelled, 1e-9)
+
+
+# ------------------------------------------------------------------------------------------------------- arguments
+
+OPERATIONAL = ("root", "out", "resume", "workers", "log_every", "save_every", "recompute", "compile", "cache",
+               "tensorboard", "skip_nonfinite")  # these leave the result alone
+
+
+def parser() -> Parser:
+    """The flags. Those marked * default to the paper's settings for the data set."""
+    p = Parser(description="Train Denoised Non-Local. Flags marked * default to the paper's settings for --data.")
+    p.add_argument("--data", choices=list(SETTINGS), default="synthetic")
+    p.add_argument("--root", help="folder of the data set")
+    p.add_argument("--cache", metavar="DIR", help="keep a decoded copy of the data set there, for speed")
+    p.add_argument("--split", choices=["train", "trainval"], default="train")
+    p.add_argument("--out", help="folder of the run (runs/DATA)")
+    p.add_argument("--resume", default="auto", metavar="FILE", help="checkpoint to go on from (auto: last.pt of --out, if any)")
+    g = p.add_argument_group("network")
+    g.add_argument("--preset", choices=["paper", "released"], default="paper")
+    g.add_argument("--backbone", choices=list(dnl.LAYOUTS), help="*")
+    g.add_argument("--channels", type=int, help="* of F")
+    g.add_argument("--context", default="dnl", help="dnl, nl, none, or MODULE:FACTORY of your own")
+    g.add_argument("--no-gr", action="store_true", help="without Global Rectifying")
+    g.add_argument("--no-lr", action="store_true", help="without Local Retention")
+    g.add_argument("--weights", default="none", help="of the backbone: imagenet (downloaded), none, or a file")
+    g = p.add_argument_group("optimisation")
+    for name, kind, text in (("crop", int, "pixels"), ("batch", int, "images a step, over all ranks"), ("epochs", int, ""),
+                             ("lr", float, ""), ("weight-decay", float, "")):
+        g.add_argument(f"--{name}", type=kind, help=f"* {text}")
+    g.add_argument("--scale", type=float, nargs=2, default=[0.5, 2.0], metavar=("MIN", "MAX"), help="random scale")
+    g.add_argument("--accumulate", type=int, default=1, help="parts a rank's batch is computed in, to save memory")
+    g.add_argument("--power", type=float, default=0.9, help="of the poly schedule")
+    g.add_argument("--momentum", type=float, default=0.9)
+    g.add_argument("--aux-weight", type=float, default=1.0, help="lambda_1 = lambda_2 of eq. 5")
+    g.add_argument("--coarse-weight", type=float, default=0.0, help="of a loss on GR's P, which eq. 5 does not have")
+    g.add_argument("--seed", type=int, default=0)
+    g.add_argument("--amp", choices=["auto", *AMP], default="auto", help="precision")
+    g.add_argument("--deterministic", action="store_true", help="the same bits twice, also on a GPU; slower there")
+    g = p.add_argument_group("beyond the paper, off by default")
+    g.add_argument("--ohem", action="store_true", help="the head's loss on hard pixels only (p < 0.7, at least 100,000 a part)")
+    g.add_argument("--class-weights", metavar="FILE", help="what `data.py check --json` printed")
+    g.add_argument("--ema", type=float, default=0.0, metavar="DECAY", help="average the weights into ema.pt, e.g. 0.999")
+    g.add_argument("--clip", type=float, default=0.0, metavar="NORM", help="of the gradient")
+    g.add_argument("--warmup", type=int, default=0, metavar="STEPS")
+    g.add_argument("--backbone-lr", type=float, default=1.0, metavar="FACTOR")
+    g.add_argument("--freeze-bn", action="store_true", help="keep the backbone's BatchNorm statistics")
+    g = p.add_argument_group("machine")
+    g.add_argument("--workers", type=int, default=2, help="processes that read images, per rank")
+    g.add_argument("--compile", action="store_true", help="torch.compile the network")
+    g.add_argument("--recompute", action="store_true", help="make activations again in the backward: less memory, slower")
+    g.add_argument("--skip-nonfinite", type=int, default=0, metavar="N", help="steps to leave out before giving up")
+    g.add_argument("--tensorboard", action="store_true")
+    g.add_argument("--log-every", type=int, default=20, metavar="STEPS")
+    g.add_argument("--eval-every", type=int, default=1, metavar="EPOCHS", help="validate; the last epoch always")
+    g.add_argument("--save-every", type=int, default=0, metavar="STEPS", help="also between epochs")
+    return p
+
+
+def parse(argv: Sequence[str] | None, world: int) -> argparse.Namespace:
+    """The arguments, those that depend on --data filled in. DataError for what cannot be trained with."""
+    args = parser().parse_args(argv)
+    long = args.epochs is None and args.data == "cityscapes" and args.split == "trainval"
+    for name, value in asdict(SETTINGS[args.data]).items():
+        if getattr(args, name, value) is None:
+            setattr(args, name, value)
+    args.epochs *= 2 if long else 1  # 480 epochs for the test set (Section IV-A)
+    args.out = Path(args.out or f"runs/{args.data}")
+    for name in ("crop", "batch", "accumulate", "epochs", "channels", "log_every", "eval_every"):
+        if getattr(args, name) < 1:
+            raise DataError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 1 or more")
+    if not 0 < args.scale[0] <= args.scale[1]:
+        raise DataError(f"--scale {args.scale[0]} {args.scale[1]}: expected 0 < MIN <= MAX")
+    if args.batch % (world * args.accumulate):
+        raise DataError(f"--batch {args.batch} is the total over all ranks, and {world} ranks in {args.accumulate} parts do not "
+                        f"divide it: take a multiple of {world * args.accumulate}")
+    return args
+
+
+def configuration(args: argparse.Namespace, num_classes: int) -> dnl.Config:
+    """The network that the arguments ask for."""
+    preset = {"paper": dnl.PAPER, "released": dnl.RELEASED}[args.preset]
+    return replace(preset, num_classes=num_classes, backbone=args.backbone, context=args.context, gr=not args.no_gr,
+                   lr=not args.no_lr, channels=args.channels, p_supervised=args.coarse_weight > 0)
+
+
+def check_batch(config: dnl.Config, args: argparse.Namespace, together: int) -> None:
+    """DataError before training where a BatchNorm would see one value a channel: a forward of sizes alone, on the meta device.
+
+    together: images that one BatchNorm sees at a time.
+    """
+    with torch.device("meta"):
+        net = set_mode(dnl.build(config, find_factory(config.context)), args.freeze_bn)
+        try:
+            net(torch.empty(together, 3, args.crop, args.crop), full_size=False)
+        except ValueError as e:
+            raise DataError(f"--batch {args.batch} --accumulate {args.accumulate} leaves {together} image(s) of {args.crop}x{args.crop} "
+                            f"to a BatchNorm ({e}): raise --batch or --crop, or lower --accumulate") from None
+
+
+def read_weights(path: str, n: int) -> Tensor:
+    """The class weights (n,) that `data.py check --json` printed into a file."""
+    try:
+        weights = torch.tensor(json.loads(Path(path).read_text())["weights"], dtype=torch.float32)
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise DataError(f"{path}: no class weights ({e}): expected what `data.py check --json` prints") from None
+    if weights.shape != (n,) or not (weights > 0).all():
+        raise DataError(f"{path}: {tuple(weights.shape)} class weights; expected {n}, above 0: run data.py check on this data set")
+    return weights
+
+
+# ------------------------------------------------------------------------------------------------------------ a run
+
+
+@dataclass
+class Run:
+    """What training carries from step to step. A checkpoint holds it."""
+
+    args: argparse.Namespace
+    data: DataSet
+    val: DataSet
+    net: dnl.Network  # the bare network
+    model: nn.Module  # what is called: the network, compiled, under DDP
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    rank: int
+    world: int
+    device: torch.device
+    weights: Tensor  # of the losses (eq. 5), on the device, as all below
+    class_weights: Tensor | None = None
+    ema: dnl.Network | None = None
+    step: int = 0
+    skipped: int = 0
+    sums: Tensor | None = None  # of this epoch's losses, this rank's share
+    recent: list[tuple[int, Tensor]] = field(default_factory=list)  # steps and losses not yet looked at
+    history: list[dict[str, Any]] = field(default_factory=list)  # a line per epoch
+    unsaved: bool = False  # the last checkpoint could not be written
+
+    @property
+    def per_epoch(self) -> int:
+        return len(self.data) // self.args.batch
+
+    @property
+    def total(self) -> int:
+        return self.args.epochs * self.per_epoch
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What makes the result what it is: runs with equal settings end with equal weights."""
+        own = {k: v for k, v in vars(self.args).items() if k not in OPERATIONAL}
+        return own | {"images": len(self.data), "classes": list(self.data.classes)}
+
+
+def setup(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> Run:
+    """Everything but the checkpoint: data, network, optimizer. Raises DataError for what the user can mend."""
+    data, val = (open_dataset(args.data, args.root, s, args.cache) for s in (args.split, "val"))
+    step_items(0, seed=args.seed, n=len(data), batch=args.batch)
+    args.amp = choose_amp(args.amp, device)
+    sync = world > 1 and device.type == "cuda"
+    try:
+        config = configuration(args, len(data.classes))
+        check_batch(config, args, args.batch // args.accumulate // (1 if sync else world))
+        torch.manual_seed(args.seed)
+        net = dnl.build(config, find_factory(config.context))
+        if args.weights != "none" and rank == 0:  # DDP hands rank 0's to the others
+            dnl.load_backbone(net.backbone, args.backbone, args.weights)
+    except (ValueError, OSError) as e:
+        raise e if isinstance(e, DataError) else DataError(str(e)) from None
+    net = nn.SyncBatchNorm.convert_sync_batchnorm(net) if sync else net
+    net.backbone.recompute = args.recompute
+    net.to(device, memory_format=torch.channels_last)
+    model = torch.compile(net) if args.compile else net
+    if world > 1:
+        model = nn.parallel.DistributedDataParallel(model, device_ids=[device] if sync else None, gradient_as_bucket_view=True)
+    backbone = list(net.backbone.parameters())
+    others = [p for name, p in net.named_parameters() if not name.startswith("backbone.")]
+    optimizer = torch.optim.SGD([{"params": backbone, "factor": args.backbone_lr}, {"params": others, "factor": 1.0}],
+                                args.lr, args.momentum, weight_decay=args.weight_decay, fused=device.type == "cuda")
+    weights = [1.0, args.aux_weight, args.aux_weight] + [args.coarse_weight] * config.p_supervised
+    return Run(args, data, val, net, model, optimizer, torch.amp.GradScaler(device.type, enabled=args.amp == "fp16"), rank, world,
+               device, torch.tensor(weights, device=device), ema=deepcopy(net) if args.ema else None,
+               class_weights=read_weights(args.class_weights, len(data.classes)).to(device) if args.class_weights else None,
+               sums=torch.zeros(len(weights), dtype=torch.float64, device=device))
+
+
+def set_mode(net: dnl.Network, freeze_bn: bool) -> dnl.Network:
+    """Training mode; with freeze_bn the backbone's BatchNorms keep to their running statistics."""
+    net.train()
+    for m in net.backbone.modules():
+        if freeze_bn and isinstance(m, nn.modules.batchnorm._BatchNorm):
+            m.eval()
+    return net
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of torch's generator in a step: dropout is a function of these, so no random state needs to be kept."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
+
+
+def over_ranks(run: Run, facts: Sequence[float]) -> list[float]:
+    """The sums over all ranks of plain numbers, by way of the CPU: a GPU is not waited for."""
+    t = torch.tensor(facts, dtype=torch.float64)
+    if run.world > 1:
+        dist.all_reduce(t)
+    return t.tolist()
+
+
+def count_labelled(run: Run, labels: Tensor) -> float:
+    """Labelled pixels of a batch of this rank, each counted by the weight of its class."""
+    if run.class_weights is None:
+        return float((labels != IGNORE).sum())
+    return float(torch.cat([run.class_weights.cpu(), torch.zeros(256 - len(run.class_weights))])[labels.long()].double().sum())
+
+
+def part_losses(run: Run, x: Tensor, y: Tensor, labelled: float) -> Tensor:
+    """The losses of a part of a rank's batch: forward, then `losses`, the head's on hard pixels only with --ohem."""
+    amp = AMP[run.args.amp]
+    with torch.autocast(run.device.type, amp or torch.bfloat16, enabled=amp is not None):
+        outputs = run.model(x.contiguous(memory_format=torch.channels_last), full_size=False)
+    if not run.args.ohem:
+        return losses(outputs, y, labelled, run.class_weights)
+    pixels = pixel_losses(outputs[0], y, run.class_weights)
+    hard = hardest(pixels.detach())
+    kept = hard.sum().float()
+    if run.world > 1:
+        dist.all_reduce(kept)
+    head = (pixels * hard).sum() / kept.clamp(min=1) / run.args.accumulate
+    return torch.cat([head[None], losses(outputs[1:], y, labelled, run.class_weights)])
+
+
+def train_step(run: Run, batch: Sequence[Tensor], labelled: float) -> Tensor:
+    """One step of SGD on this rank's images, labels and colour factors. With N ranks the gradient is that of one rank with the
+    whole batch. Returns this rank's share of the losses, on the device and not waited for."""
+    args = run.args
+    torch.manual_seed(step_seed(args.seed, run.step, run.rank))
+    for group in run.optimizer.param_groups:
+        group["lr"] = args.lr * group["factor"] * rate(run.step, run.total, args.power, args.warmup)
+    share = torch.zeros_like(run.sums)
+    parts = zip(*(t.to(run.device, non_blocking=True).chunk(args.accumulate) for t in batch))
+    for i, (x, y, factors) in enumerate(parts, 1):
+        with nullcontext() if i == args.accumulate or run.world == 1 else run.model.no_sync():
+            part = part_losses(run, normalize(color_jitter(x, factors)), y, labelled)
+            run.scaler.scale((part * run.weights).sum() * run.world).backward()  # DDP averages over ranks
+        share += part.detach()
+    if args.clip:
+        run.scaler.unscale_(run.optimizer)
+        nn.utils.clip_grad_norm_(run.net.parameters(), args.clip)
+    if args.skip_nonfinite and over_ranks(run, [not share.isfinite().all()])[0]:
+        run.skipped += 1
+        if run.skipped > args.skip_nonfinite:
+            raise nonfinite(run, run.step)
+        run.optimizer.zero_grad()
+        return torch.zeros_like(share)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad()
+    if run.ema is not None:
+        follow(run.ema, run.net, args.ema)
+    return share
+
+
+@torch.no_grad()
+def follow(ema: nn.Module, net: nn.Module, decay: float) -> None:
+    """ema = decay * ema + (1 - decay) * net, for parameters and buffers; counts are copied."""
+    for mean, now in zip(ema.state_dict().values(), net.state_dict().values()):
+        mean.lerp_(now, 1 - decay) if mean.is_floating_point() else mean.copy_(now)
+
+
+def nonfinite(run: Run, step: int) -> DataError:
+    """The error of a step whose loss is not finite, with the files of its batch."""
+    share = run.args.batch // run.world
+    items = step_items(step, seed=run.args.seed, n=len(run.data), batch=run.args.batch)[run.rank * share:(run.rank + 1) * share]
+    return DataError(f"step {step + 1}, rank {run.rank}: the loss is not finite; images {', '.join(str(run.data.items[i].image) for _, i in items)}; "
+                     f"{run.args.out}/last.pt is from before: lower --lr, try --clip 1 or --amp off, or --skip-nonfinite N")
+
+
+def check_finite(run: Run) -> None:
+    """Look at the losses since the last look (this waits for the device). DataError where one is not finite."""
+    steps, run.recent = run.recent, []
+    if steps:
+        bad = (~torch.stack([share for _, share in steps]).isfinite().all(1)).nonzero().flatten().tolist()
+        if bad:
+            raise nonfinite(run, steps[bad[0]][0])
+
+
+def validate(run: Run, net: nn.Module) -> dict[str, Any]:
+    """The scores on the validation split by evaluate.py's function, every rank with rank 0's BatchNorm statistics."""
+    if run.world > 1:
+        for b in net.buffers():
+            dist.broadcast(b, 0)
+    matrix = evaluate(net, run.val, device=run.device, rank=run.rank, world=run.world, workers=run.args.workers,
+                      amp=AMP[run.args.amp])
+    return scores(matrix)
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoints
+
+
+def state_of(run: Run, net: dnl.Network) -> dict[str, Any]:
+    """The checkpoint: one dict of tensors and plain values, readable with weights_only. Call on all ranks: it sums over them."""
+    sums = run.sums.cpu()
+    if run.world > 1:
+        dist.all_reduce(sums)
+    return {"version": VERSION, "model": net.state_dict(), "optimizer": run.optimizer.state_dict(),
+            "scaler": run.scaler.state_dict(), "ema": run.ema.state_dict() if run.ema is not None else None,
+            "config": asdict(net.config), "settings": run.settings, "data": run.data.name,
+            "root": str(Path(run.args.root).resolve()) if run.args.root else None, "classes": list(run.data.classes),
+            "colors": [list(c) for c in run.data.colors], "amp": run.args.amp, "step": run.step,
+            "epoch": run.step // run.per_epoch, "best": best_of(run.history), "sums": sums, "skipped": run.skipped,
+            "history": run.history}
+
+
+def best_of(history: Sequence[dict[str, Any]]) -> float | None:
+    """The highest mIoU so far, None before the first."""
+    return max((h["miou"] for h in history if h["miou"] is not None), default=None)
+
+
+def save(run: Run, best: bool = False) -> None:
+    """Write (best.pt, ema.pt and) last.pt, keeping the one before as last.prev.pt, and log.jsonl. A full disk is a warning, and
+    tried again. DataError where the weights are not finite: they would replace good ones."""
+    check_finite(run)
+    if not all(p.isfinite().all() for p in run.net.parameters()):
+        raise nonfinite(run, run.step - 1)
+    state, out = state_of(run, run.net), run.args.out
+    if run.rank:
+        return
+    try:
+        if best:
+            write(out / "best.pt", lambda f: torch.save(state, f))
+        if run.ema is not None:
+            write(out / "ema.pt", lambda f: torch.save(state | {"model": state["ema"]}, f))
+        write(out / "new.pt", lambda f: torch.save(state, f))
+        if (out / "last.pt").exists():
+            os.replace(out / "last.pt", out / "last.prev.pt")
+        os.replace(out / "new.pt", out / "last.pt")
+        write_log(run)
+        run.unsaved = False
+    except OSError as e:
+        run.unsaved = True
+        print(f"warning: step {run.step} not saved ({e}); the one before is kept, the next try is in {run.args.log_every} steps",
+              file=sys.stderr, flush=True)
+
+
+def write_log(run: Run) -> None:
+    """log.jsonl: a line of the settings, then one per epoch, those of the checkpoint and no other."""
+    lines = [{"settings": run.settings}, *run.history]
+    write(run.args.out / "log.jsonl", lambda f: f.write("".join(json.dumps(line) + "\n" for line in lines).encode()))
+
+
+def find_checkpoint(run: Run) -> tuple[Path, dict[str, Any]] | None:
+    """--resume's file; for auto the newest whole one of the run's folder, None where there is none at all."""
+    if run.args.resume != "auto":
+        return Path(run.args.resume), read_checkpoint(run.args.resume)
+    there = [p for p in (run.args.out / "last.pt", run.args.out / "last.prev.pt") if p.exists()]
+    for path in there:
+        try:
+            return path, read_checkpoint(path)
+        except DataError as e:
+            if path == there[-1]:
+                raise
+            if run.rank == 0:
+                print(f"warning: {e}; going on from {there[-1].name}", file=sys.stderr)
+    return None
+
+
+def restore(run: Run) -> None:
+    """Go on from a checkpoint, if there is one. DataError, naming the difference, where it is of other settings."""
+    found = find_checkpoint(run)
+    if found is None:
+        return
+    path, state = found
+    try:
+        was, now = state["settings"], json.loads(json.dumps(run.settings))
+        differ = [f"{k} {was.get(k)} -> {now.get(k)}" for k in sorted({*was, *now}) if was.get(k) != now.get(k)]
+        if differ:
+            raise DataError(f"of other settings ({'; '.join(differ)}): repeat its flags to go on, or choose another --out")
+        dnl.load_strict(run.net, state["model"], "model")
+        if run.ema is not None:
+            dnl.load_strict(run.ema, state["ema"], "ema")
+        run.optimizer.load_state_dict(state["optimizer"])
+        run.scaler.load_state_dict(state["scaler"])
+        run.step, run.history, run.skipped = state["step"], state["history"], state["skipped"]
+        run.sums += state["sums"].to(run.device) if run.rank == 0 else 0
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as e:
+        raise DataError(f"{path}: {e if isinstance(e, DataError) else f'{type(e).__name__} {e}'}") from None
+    if run.rank == 0:
+        write_log(run)
+        print(f"resumed {path} at step {run.step} of {run.total}")
+
+
+# ------------------------------------------------------------------------------------------------------ the training
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that receives SIGTERM, SIGUSR1 (Slurm's warning) and SIGINT: the step is finished and the run saved."""
+    caught: list[int] = []
+    old = {s: signal.signal(s, lambda number, frame: caught.append(number))
+           for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for s, handler in old.items():
+            signal.signal(s, handler)
+
+
+def say(run: Run, loss: float, speed: float) -> None:
+    """The fixed line for people; on a terminal rewritten in place, with a bar. speed: images/s over all ranks."""
+    memory = torch.cuda.max_memory_allocated() / 2**30 if run.device.type == "cuda" else (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    left = int((run.total - run.step) * run.args.batch / speed)
+    line = (f"epoch {(run.step - 1) // run.per_epoch + 1}/{run.args.epochs}  step {run.step}/{run.total}  loss {loss:.4f}  "
+            f"lr {run.optimizer.param_groups[1]['lr']:.6f}  {speed:.1f} images/s  {memory:.1f} GiB  "
+            f"left {left // 3600}:{left // 60 % 60:02}:{left % 60:02}")
+    if sys.stdout.isatty():
+        done = 20 * run.step // run.total
+        print(f"\r\033[K[{'#' * done}{'.' * (20 - done)}] {line}", end="", flush=True)
+    else:
+        print(line, flush=True)
+
+
+def end_epoch(run: Run, board: Any) -> None:
+    """Validate (every --eval-every epochs, and the last), append the epoch's line to the history, save."""
+    epoch, names = run.step // run.per_epoch, ("loss", "loss_res2", "loss_res3", "loss_p")
+    sums = over_ranks(run, (run.sums / run.per_epoch).tolist())
+    line = {"epoch": epoch, "step": run.step, "lr": run.optimizer.param_groups[1]["lr"], **dict(zip(names, sums)), "miou": None}
+    before = best_of(run.history)
+    if epoch % run.args.eval_every == 0 or epoch == run.args.epochs:
+        result = validate(run, run.net)
+        line |= result | {"iou": dict(zip(run.data.classes, result["iou"]))}
+        if run.ema is not None:
+            line["ema_miou"] = validate(run, run.ema)["miou"]
+        set_mode(run.net, run.args.freeze_bn)
+    run.history.append(line)
+    run.sums.zero_()
+    save(run, best=line["miou"] is not None and (before is None or line["miou"] > before))
+    if run.rank == 0 and line["miou"] is not None:
+        print("\n" * sys.stdout.isatty() + f"epoch {epoch}/{run.args.epochs}  val mIoU {line['miou']}  accuracy {line['accuracy']}", flush=True)
+    if board is not None:
+        write_board(run, board, line)
+
+
+def open_board(run: Run) -> Any:
+    """TensorBoard's writer into the run's folder, on rank 0 and where asked for; imported only then."""
+    if not run.args.tensorboard or run.rank:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise DataError("--tensorboard: the package tensorboard is not installed: pip install tensorboard, or do without") from None
+    return SummaryWriter(run.args.out, purge_step=run.step)
+
+
+def write_board(run: Run, board: Any, line: dict[str, Any]) -> None:
+    """An epoch's losses, lr, scores of each class, gamma and predictions."""
+    for name, value in line.items():
+        if isinstance(value, float):
+            board.add_scalar(name, value, run.step)
+    for name, value in line.get("iou", {}).items():
+        board.add_scalar(f"iou/{name}", value or 0.0, run.step)
+    if hasattr(run.net.context, "gamma"):
+        board.add_scalar("gamma", float(run.net.context.gamma), run.step)
+    if line["miou"] is not None:
+        board.add_image("val", np.asarray(val_sheet(run)), run.step, dataformats="HWC")
+
+
+def train(run: Run) -> int:
+    """From run.step to the end. Returns the number of the signal that stopped it, or 0."""
+    args, board = run.args, open_board(run)
+    batches = train_batches(run.data, seed=args.seed, batch=args.batch, start=run.step, stop=run.total, rank=run.rank,
+                            world=run.world, crop=args.crop, scale=tuple(args.scale), workers=args.workers,
+                            pin=run.device.type == "cuda")
+    set_mode(run.net, args.freeze_bn)
+    start, first = time.monotonic(), run.step
+    with stop_signals() as caught:
+        for batch in batches:
+            due = run.step % args.log_every == 0
+            labelled, stop, again = over_ranks(run, [count_labelled(run, batch[1]), len(caught), run.unsaved and due])
+            share = train_step(run, batch, labelled)
+            run.recent.append((run.step, share))
+            run.sums += share
+            run.step += 1
+            if run.step % args.log_every == 0 or run.step == first + 1:
+                check_finite(run)
+                speed = (run.step - first) * args.batch / (time.monotonic() - start)
+                loss = over_ranks(run, share.tolist())[0]
+                if run.rank == 0:
+                    say(run, loss, speed)
+                if board is not None:
+                    board.add_scalar("images_per_second", speed, run.step)
+            if run.step % run.per_epoch == 0:
+                end_epoch(run, board)
+            elif stop or again or args.save_every and run.step % args.save_every == 0:
+                save(run)
+            if stop and run.step < run.total:
+                return caught[0] if caught else signal.SIGTERM
+    return 0
+
+
+def val_sheet(run: Run) -> Image.Image:
+    """Image, truth and prediction of up to four validation images, in the classes' colours, with a legend."""
+    run.net.eval()
+    rows = []
+    for i in np.linspace(0, len(run.val) - 1, min(4, len(run.val))).round().astype(int):
+        image, label = read(run.val, int(i))
+        x = torch.from_numpy(image.transpose(2, 0, 1).copy()).to(run.device)
+        guess = predict(run.net, x, amp=AMP[run.args.amp]).argmax(0).byte().cpu().numpy()
+        rows.append([Image.fromarray(image), colorize(label, run.val.colors), colorize(guess, run.val.colors)])
+    set_mode(run.net, run.args.freeze_bn)
+    return sheet(rows, ("image", "truth", "prediction"), run.val.classes, run.val.colors)
+
+
+def finish(run: Run) -> int:
+    """The table of classes of the last epoch and val.png, by rank 0. Returns the exit status: 1 where the disk was full to the end."""
+    if run.rank == 0:
+        last, out = run.history[-1], run.args.out
+        print(table({**last, "iou": list(last["iou"].values())}, run.data.classes))
+        pictures = val_sheet(run)
+        write(out / "val.png", lambda f: pictures.save(f, "PNG"))
+        print(f"wrote {out}/last.pt, best.pt (mIoU {best_of(run.history):.4f}), log.jsonl, val.png")
+    return int(run.unsaved)
+
+
+def choose_kernels(args: argparse.Namespace) -> None:
+    """For this process: the fastest convolutions of the GPU, or the repeatable ones with --deterministic."""
+    torch.backends.cudnn.benchmark = not args.deterministic
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    with distributed() as (rank, world, device):
+        args = parse(argv, world)
+        choose_kernels(args)
+        run = setup(args, rank, world, device)
+        if rank == 0:
+            args.out.mkdir(parents=True, exist_ok=True)
+        restore(run)
+        stopped = train(run)
+        if stopped:
+            print(f"rank {rank}: stopped by {signal.Signals(stopped).name} at step {run.step}, saved: the same command goes on",
+                  file=sys.stderr)
+            return 128 + stopped
+        return finish(run)
+
+
+if __name__ == "__main__":
+    run_script(main)
