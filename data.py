@@ -45,7 +45,7 @@ MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet, 0..2
 PAD = (124, 116, 104)  # MEAN, rounded: close to 0 once normalized
 
 
-class DataError(ValueError):
+class InputError(ValueError):
     """Unusable input, as one line: the file, what was got, what was expected and how to mend it."""
 
 
@@ -106,11 +106,11 @@ flag""".replace("\n", "").split(","))
 
 def read_classes(path: Path) -> tuple[tuple[str, ...], tuple[tuple[int, int, int], ...]]:
     """Names and colours of a classes.txt: `name [R G B]` a line, UTF-8; blank lines and lines from # on are
-    skipped. Classes without a colour get one of `palette`. Raises DataError with the file and the line."""
+    skipped. Classes without a colour get one of `palette`. Raises InputError with the file and the line."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeError) as e:
-        raise DataError(f"{show(path)}: cannot be read ({type(e).__name__}); expected UTF-8 text, a line "
+        raise InputError(f"{show(path)}: cannot be read ({type(e).__name__}); expected UTF-8 text, a line "
                         "`name [R G B]` for each class") from e
     classes, defaults = {}, palette(IGNORE)
     for number, line in enumerate(map(str.strip, lines), 1):
@@ -120,16 +120,16 @@ def read_classes(path: Path) -> tuple[tuple[str, ...], tuple[tuple[int, int, int
         color = parts[-3:] if len(parts) > 2 and all(re.fullmatch("-?[0-9]+", v) for v in parts[-3:]) else ()
         name = "".join(parts[:-3]) if color else line
         if not name or not name.isprintable() or name in classes:
-            raise DataError(f"{show(path)}: line {number}: got the name {name[:60]!r}, empty, not printable or given "
+            raise InputError(f"{show(path)}: line {number}: got the name {name[:60]!r}, empty, not printable or given "
                             "before; expected `name [R G B]` with a name of its own for each class")
         if not all(len(v) < 4 and 0 <= int(v) <= 255 for v in color):
-            raise DataError(f"{show(path)}: line {number}: got the colour {' '.join(color)[:60]}; expected R G B, "
+            raise InputError(f"{show(path)}: line {number}: got the colour {' '.join(color)[:60]}; expected R G B, "
                             "each 0..255")
         if len(classes) == IGNORE:
-            raise DataError(f"{show(path)}: line {number}: more than 255 classes; 255 is ignored: merge classes")
+            raise InputError(f"{show(path)}: line {number}: more than 255 classes; 255 is ignored: merge classes")
         classes[name] = tuple(map(int, color)) or defaults[len(classes)]
     if not classes:
-        raise DataError(f"{show(path)}: no class in it; expected a line `name [R G B]` for each class")
+        raise InputError(f"{show(path)}: no class in it; expected a line `name [R G B]` for each class")
     return tuple(classes), tuple(classes.values())
 
 
@@ -185,11 +185,11 @@ FULL_ADE = ("index_ade20k.*", "images/ADE", "ADE20K_*", "images/training/*_seg.p
 def open_dataset(name: str, root: Path | str | None, split: str, cache: Path | str | None = None) -> DataSet:
     """The split train, val, trainval or test of the data set. Only names of files are looked at, but with `cache`, a
     folder in which a decoded copy is made and kept.
-    Raises DataError on a missing folder, an empty split, an image without label or a label without image, the
+    Raises InputError on a missing folder, an empty split, an image without label or a label without image, the
     full ADE20K in place of the benchmark, a bad classes.txt."""
     dataset, problems = _open(name, root, split)
     if problems:
-        raise DataError(problems[0] + f" (and {len(problems) - 1} more)" * (len(problems) > 1))
+        raise InputError(problems[0] + f" (and {len(problems) - 1} more)" * (len(problems) > 1))
     return dataset if cache is None or name == "synthetic" else _with_cache(dataset, Path(cache))
 
 
@@ -208,7 +208,7 @@ def _with_cache(dataset: DataSet, folder: Path) -> DataSet:
                 _write_cache(dataset, base)
         places = tuple(map(tuple, json.loads(Path(f"{base}.json").read_text())))
     except OSError as e:
-        raise DataError(f"--cache {show(folder)}: {e}; expected a folder with room for the decoded images: make room, "
+        raise InputError(f"--cache {show(folder)}: {e}; expected a folder with room for the decoded images: make room, "
                         "name another, or do without") from None
     return replace(dataset, cached=Path(f"{base}.bin"), places=places)
 
@@ -243,10 +243,10 @@ def _read_cache(dataset: DataSet, index: int) -> tuple[np.ndarray, np.ndarray | 
 def _open(name: str, root: Path | str | None, split: str) -> tuple[DataSet, list[str]]:
     """As open_dataset, but pairs that are not whole are left out and told in the list."""
     if name not in SETTINGS or split not in SPLITS:
-        raise DataError(f"got data set {name!r}, split {split!r}; expected one of {', '.join(SETTINGS)} and one of "
+        raise InputError(f"got data set {name!r}, split {split!r}; expected one of {', '.join(SETTINGS)} and one of "
                         f"{', '.join(SPLITS)}")
     if name != "synthetic" and root is None:
-        raise DataError(f"{name} is read from files: name its folder by --root DIR")
+        raise InputError(f"{name} is read from files: name its folder by --root DIR")
     items, problems = [], []
     for part in ("train", "val") if split == "trainval" else (split,):
         if name == "synthetic":
@@ -256,7 +256,7 @@ def _open(name: str, root: Path | str | None, split: str) -> tuple[DataSet, list
         try:
             items += _scan(name, Path(root), part, problems)
         except OSError as e:
-            raise DataError(f"{show(e.filename or root)}: cannot be read ({e.strerror}); mend the folder or --root") from e
+            raise InputError(f"{show(e.filename or root)}: cannot be read ({e.strerror}); mend the folder or --root") from e
     return DataSet(name, split, *_classes(name, root), tuple(items)), problems
 
 
@@ -266,7 +266,7 @@ def _scan(name: str, root: Path, split: str, problems: list[str]) -> list[Item]:
     folder = ADE_FOLDERS[split] if name == "ade20k" else split
     image_dir, label_dir = root / image_top / folder, root / label_top / folder
     if name == "ade20k" and any(True for pattern in FULL_ADE for _ in root.glob(pattern)):
-        raise DataError(f"{show(root)}: this is the full ADE20K; expected the benchmark of 150 classes: download "
+        raise InputError(f"{show(root)}: this is the full ADE20K; expected the benchmark of 150 classes: download "
                         "ADEChallengeData2016.zip and name its folder by --root")
     bare = split == "test" and (name == "cityscapes" or not label_dir.is_dir())
     for top in (image_dir,) if bare else (image_dir, label_dir):
@@ -275,7 +275,7 @@ def _scan(name: str, root: Path, split: str, problems: list[str]) -> list[Item]:
     inside = Path(os.path.realpath(root)) if name == "folder" else None
     images = _walk(image_dir, ends, inside)
     if not images:
-        raise DataError(f"{show(image_dir)}: the split {split} is empty; expected images *{', *'.join(ends)}")
+        raise InputError(f"{show(image_dir)}: the split {split} is empty; expected images *{', *'.join(ends)}")
     if bare:
         return [Item(images[key], None) for key in sorted(images)]
     labels = _walk(label_dir, (label_end.lower(),), inside)
@@ -286,12 +286,12 @@ def _scan(name: str, root: Path, split: str, problems: list[str]) -> list[Item]:
     return [Item(images[key], labels[key]) for key in sorted(images.keys() & labels)]
 
 
-def _missing(name: str, root: Path, folder: Path) -> DataError:
+def _missing(name: str, root: Path, folder: Path) -> InputError:
     """The error of a missing folder; looks one level up and down for the one that was meant."""
     top = folder.parent.name
     near = [root.parent, root.parent.parent, *(found.parent for found in root.glob(f"*/{top}"))]
     meant = next((show(c) for c in near if c != root and (c / top / folder.name).is_dir()), None)
-    return DataError(f"{show(folder)}: no such folder; expected {name} with {top}/{folder.name} beneath {show(root)}: "
+    return InputError(f"{show(folder)}: no such folder; expected {name} with {top}/{folder.name} beneath {show(root)}: "
                      + (f"give --root {meant}" if meant else "name the data set's folder by --root"))
 
 
@@ -303,7 +303,7 @@ def _walk(top: Path, ends: tuple[str, ...], inside: Path | None) -> dict[str, Pa
         links = [p for p in (Path(here, n) for n in (*folders, *files)) if p.is_symlink()] if inside else []
         for path in [top, *links] if inside else ():
             if path in links and path.is_dir() or not Path(os.path.realpath(path)).is_relative_to(inside):
-                raise DataError(f"{show(path)}: a link to a folder or out of the data set; expected every file "
+                raise InputError(f"{show(path)}: a link to a folder or out of the data set; expected every file "
                                 "beneath --root: copy what it leads to in its place")
         for name in files:
             end = next((e for e in ends if name.lower().endswith(e)), None)
@@ -312,7 +312,7 @@ def _walk(top: Path, ends: tuple[str, ...], inside: Path | None) -> dict[str, Pa
             path = Path(here, name)
             key = (path.parent / name[:-len(end)]).relative_to(top).as_posix()
             if key in found:
-                raise DataError(f"{show(path)}: the name of {show(found[key])} again; expected one file for each "
+                raise InputError(f"{show(path)}: the name of {show(found[key])} again; expected one file for each "
                                 "name, whatever the ending: rename or remove one")
             found[key] = path
     return found
@@ -326,7 +326,7 @@ def _raise(error: OSError) -> None:
 
 def read(dataset: DataSet, index: int) -> tuple[np.ndarray, np.ndarray | None]:
     """Image (H, W, 3) uint8 and label (H, W) uint8 of train ids and IGNORE (None without ground truth), checked.
-    Raises DataError that names the file."""
+    Raises InputError that names the file."""
     if dataset.name == "synthetic":
         _, split, number = dataset.items[index].image.parts
         return scene(split, int(number))
@@ -340,7 +340,7 @@ def decode(dataset: DataSet, item: Item) -> tuple[np.ndarray, np.ndarray | None]
         return image, None
     label = decode_label(item.label, dataset)
     if label.shape != image.shape[:2]:
-        raise DataError("{}: label of {}x{} (height x width), image of {}x{}; expected one size: make the label again "
+        raise InputError("{}: label of {}x{} (height x width), image of {}x{}; expected one size: make the label again "
                         "for {} as its EXIF rotation shows it".format(
                             show(item.label), *label.shape, *image.shape[:2], show(item.image)))
     return image, label
@@ -348,29 +348,29 @@ def decode(dataset: DataSet, item: Item) -> tuple[np.ndarray, np.ndarray | None]
 
 def decode_image(path: Path) -> np.ndarray:
     """Any 8-bit image as RGB (H, W, 3) uint8: EXIF rotation applied, alpha dropped; grey, palette, CMYK converted;
-    of 16-bit colour PNGs the high byte. Raises DataError: not an image, truncated, 16-bit grey, float."""
+    of 16-bit colour PNGs the high byte. Raises InputError: not an image, truncated, 16-bit grey, float."""
     image = _load(path, False)
     if image.mode[0] in "IF":
-        raise DataError(f"{show(path)}: got mode {image.mode}, more than 8 bit; expected 8 bit a channel: convert it")
+        raise InputError(f"{show(path)}: got mode {image.mode}, more than 8 bit; expected 8 bit a channel: convert it")
     return np.asarray(image)
 
 
 def decode_label(path: Path, dataset: DataSet) -> np.ndarray:
     """Label file to train ids (H, W) uint8. One channel: grey, palette (by index), 1 bit, or 16 bit if the values
-    fit. Raises DataError: colours, JPEG, values out of range, not an image."""
+    fit. Raises InputError: colours, JPEG, values out of range, not an image."""
     image = _load(path, True)
     if image.format in ("JPEG", "MPO"):
-        raise DataError(f"{show(path)}: got a JPEG, which changes class numbers; expected a PNG: make it again from the "
+        raise InputError(f"{show(path)}: got a JPEG, which changes class numbers; expected a PNG: make it again from the "
                         "annotation")
     raw = np.asarray(image)
     if raw.ndim != 2 or image.mode == "F":
-        raise DataError(f"{show(path)}: got mode {image.mode}, a label saved as colours; expected one channel of class "
+        raise InputError(f"{show(path)}: got mode {image.mode}, a label saved as colours; expected one channel of class "
                         f"numbers: {_color_remedy(raw, dataset)}")
     raw = raw.astype(np.uint8) if raw.dtype == bool else raw
     table = _id_table(dataset.name, len(dataset.classes))
     ids = table[raw] if raw.dtype == np.uint8 else np.where((raw < 0) | (raw > 255), -1, table[raw.clip(0, 255)])
     if ids.min() < 0:
-        raise DataError(f"{show(path)}: {_range_error(np.unique(raw[ids < 0]), dataset)}")
+        raise InputError(f"{show(path)}: {_range_error(np.unique(raw[ids < 0]), dataset)}")
     return ids.astype(np.uint8)
 
 
@@ -392,10 +392,10 @@ def _load(path: Path, label: bool) -> Image.Image:
         image = ImageOps.exif_transpose(image)
         return image if image.mode[0] in "IF" else image.convert("RGB")
     except Image.DecompressionBombError as e:
-        raise DataError(f"{show(path)}: over {2 * Image.MAX_IMAGE_PIXELS} pixels, refused as a decompression bomb: cut "
+        raise InputError(f"{show(path)}: over {2 * Image.MAX_IMAGE_PIXELS} pixels, refused as a decompression bomb: cut "
                         "it into tiles") from e
     except Exception as e:  # decoders of broken files raise nearly anything; each means that this file is not usable
-        raise DataError(f"{show(path)}: cannot be read ({getattr(e, 'strerror', None) or type(e).__name__}); expected "
+        raise InputError(f"{show(path)}: cannot be read ({getattr(e, 'strerror', None) or type(e).__name__}); expected "
                         f"a whole {', '.join(FORMATS)} image: copy it again, or remove the pair") from e
 
 
@@ -440,7 +440,7 @@ def _range_error(bad: np.ndarray, dataset: DataSet) -> str:
 def sample(dataset: DataSet, seed: int, epoch: int, index: int, crop: int,
            scale: tuple[float, float] = (0.5, 2.0)) -> tuple[Tensor, Tensor, Tensor]:
     """Training sample: image (3, crop, crop) uint8, label (crop, crop) uint8, colour factors (4,) float32 for
-    color_jitter. A pure function of its arguments. Raises DataError that names the file."""
+    color_jitter. A pure function of its arguments. Raises InputError that names the file."""
     rng = np.random.default_rng((seed, epoch, index))
     relative = SETTINGS[dataset.name].relative
     image, label = augment(*read(dataset, index), crop, scale, relative, rng)
@@ -522,9 +522,9 @@ def order(seed: int, epoch: int, n: int) -> np.ndarray:
 
 
 def step_items(step: int, *, seed: int, n: int, batch: int) -> list[tuple[int, int]]:
-    """(epoch, index) of each image of a step's whole batch. An epoch has n // batch steps. DataError if it has none."""
+    """(epoch, index) of each image of a step's whole batch. An epoch has n // batch steps. InputError if it has none."""
     if n < batch:
-        raise DataError(f"{n} images are fewer than one batch of {batch}: lower --batch to {n} or less, or add images")
+        raise InputError(f"{n} images are fewer than one batch of {batch}: lower --batch to {n} or less, or add images")
     epoch, k = divmod(step, n // batch)
     return [(epoch, int(i)) for i in order(seed, epoch, n)[k * batch:(k + 1) * batch]]
 
@@ -532,9 +532,9 @@ def step_items(step: int, *, seed: int, n: int, batch: int) -> list[tuple[int, i
 def train_batches(dataset: DataSet, *, seed: int, batch: int, start: int, stop: int, rank: int, world: int, crop: int,
                   scale: tuple[float, float] = (0.5, 2.0), workers: int = 0, pin: bool = False) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """This rank's share, b = batch // world, of the steps start..stop-1: images (b, 3, crop, crop) uint8, labels
-    (b, crop, crop) uint8, factors (b, 4) float32. Raises DataError, at once or at the step of a wrong file."""
+    (b, crop, crop) uint8, factors (b, 4) float32. Raises InputError, at once or at the step of a wrong file."""
     if not dataset.labelled:
-        raise DataError(f"{dataset.name} {dataset.split} has no ground truth to train on: choose --split train")
+        raise InputError(f"{dataset.name} {dataset.split} has no ground truth to train on: choose --split train")
     items = partial(step_items, seed=seed, n=len(dataset), batch=batch)
     items(0)  # raises if there is not one batch
     share = slice(rank * (batch // world), (rank + 1) * (batch // world))
@@ -549,7 +549,7 @@ def eval_items(n: int, rank: int, world: int) -> range:
 
 def eval_images(dataset: DataSet, rank: int, world: int,
                 workers: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-    """(index, image (3, H, W) uint8, label (H, W) uint8 or None) of this rank's images. Raises DataError."""
+    """(index, image (3, H, W) uint8, label (H, W) uint8 or None) of this rank's images. Raises InputError."""
     return _batches(partial(_eval_item, dataset), workers, sampler=eval_items(len(dataset), rank, world),
                     batch_size=None)
 
@@ -566,31 +566,33 @@ def _eval_item(dataset: DataSet, index: int) -> tuple[int, np.ndarray, np.ndarra
 
 @dataclass(frozen=True)
 class _Guard:
-    """The map key -> load(key), with a DataError as a value: DataLoader's workers hand on the text of errors only."""
+    """The map key -> load(key), with a InputError as a value: DataLoader's workers hand on the text of errors only."""
     load: Callable
 
     def __getitem__(self, key: object) -> object:
         try:
             return self.load(key)
-        except DataError as e:
+        except InputError as e:
             return e
 
 
-def _collate(rows: list) -> list[Tensor] | DataError:
-    return next((row for row in rows if isinstance(row, DataError)), None) or [torch.stack(x) for x in zip(*rows)]
+def _collate(rows: list) -> list[Tensor] | InputError:
+    return next((row for row in rows if isinstance(row, InputError)), None) or [torch.stack(x) for x in zip(*rows)]
 
 
 def _leave_signals(worker: int) -> None:
-    """Ctrl-C and Slurm's warning reach the whole process group: the main process decides, workers go on."""
+    """Ctrl-C and Slurm's signals reach the whole process group: the main process decides, and finishes its step. SIGTERM is
+    also how it ends a worker that it has not closed: so that one is put off, by longer than a step takes."""
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
 
 
 def _batches(load: Callable, workers: int, **options: object) -> Iterator:
     # a generator of its own: DataLoader would otherwise draw from torch's global one
     for batch in DataLoader(_Guard(load), num_workers=workers, worker_init_fn=_leave_signals,
                             generator=torch.Generator(), **options):
-        if isinstance(batch, DataError):
+        if isinstance(batch, InputError):
             raise batch
         yield batch
 
@@ -659,7 +661,7 @@ def check(name: str, root: Path | str | None, split: str | None = None, *, worke
           progress: bool = False) -> dict:
     """Reads every file of the split (None: train, val, and test if there is one). Returns plain values: data, classes,
     splits {split: {pairs, sizes {"HxW": n}, modes {"image label": n}, pixels (of each class), ignored, weights}},
-    problems (a line for each wrong file), warnings. weights: see class_weights. DataError: nothing to check."""
+    problems (a line for each wrong file), warnings. weights: see class_weights. InputError: nothing to check."""
     splits = [split] if split else ["train", "val"]
     if not split and (name == "synthetic" or Path(root or "", LAYOUT[name][0], ADE_FOLDERS["test"]
                                                   if name == "ade20k" else "test").is_dir()):
@@ -696,7 +698,7 @@ def _check_part(dataset: DataSet) -> tuple[np.ndarray, Counter, Counter, list[st
     for index, item in enumerate(dataset.items):
         try:
             image, label = read(dataset, index)
-        except DataError as e:
+        except InputError as e:
             wrong.append(str(e))
             continue
         sizes["{}x{}".format(*image.shape)] += 1
@@ -747,7 +749,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         report = check(args.data, args.root, args.split, workers=args.workers, progress=True)
-    except DataError as e:
+    except InputError as e:
         print(e, file=sys.stderr)
         return 2
     print(json.dumps(report)) if args.json else _print_report(report)

@@ -45,8 +45,8 @@ def class_affinity(p: Tensor, queries: Tensor | None = None) -> Tensor:
     queries: (R,) indices of the query pixels, all N by default.
     """
     p = at_least_fp32(p)
-    rows = p if queries is None else p[:, :, queries]
     with no_autocast(p):
+        rows = p if queries is None else p[:, :, queries]
         return torch.bmm(rows.transpose(1, 2), p).sigmoid()
 
 
@@ -60,11 +60,10 @@ def local_similarity(q: Tensor, k: Tensor, size: tuple[int, int], kernel: int = 
 
     q, k (B, C', N) -> (B, kernel*kernel, N) in (0, 1), offsets in row-major order.
     """
-    q, k = at_least_fp32(q), at_least_fp32(k)
-    near = F.unfold(k.unflatten(2, size), kernel, padding=kernel // 2)  # (B, C'*k*k, N)
-    near = near.unflatten(1, (k.shape[1], kernel * kernel))  # (B, C', k*k, N)
-    with no_autocast(q):
-        return torch.einsum("bcn,bcdn->bdn", q, near).sigmoid()
+    r = kernel // 2
+    q, k = (at_least_fp32(x).unflatten(2, size) for x in (q, k))  # (B, C', H, W)
+    near = F.pad(k, (r, r, r, r))
+    return torch.stack([(q * near[:, :, y, x]).sum(1) for y, x in _windows(size, kernel)], 1).flatten(2).sigmoid()
 
 
 def local_retention(a: Tensor, s: Tensor, size: tuple[int, int], kernel: int = 3) -> Tensor:
@@ -113,10 +112,10 @@ def denoised_attention(q: Tensor, k: Tensor, v: Tensor, p: Tensor | None, size: 
 
 
 def default_chunk(batch: int, n: int, device: str) -> int:
-    """Query pixels at a time so that one (B, chunk, N) fp32 map is 2 MiB on a CPU, to stay in its cache, else 256 MiB."""
+    """Query pixels at a time so that one (B, chunk, N) fp32 map is 4 MiB on a CPU, to stay in its cache, else 256 MiB."""
     if torch.compiler.is_compiling() and not isinstance(n, int):
-        return n  # a loop over an unknown size cannot be exported: one chunk of all
-    elements = 2**19 if device == "cpu" else 2**26
+        return 0  # a loop over an unknown size cannot be exported: one chunk of all
+    elements = 2**20 if device == "cpu" else 2**26
     return max(1, min(n, elements // max(1, batch * n)))
 
 
@@ -174,8 +173,7 @@ class _RectifiedAttention(torch.autograd.Function):
         out = v.new_empty(B, N, C)
         q, k, p, values = _operands(q, k, v, p)
         with no_autocast(q):
-            for j in range(0, N, chunk):
-                rows = slice(j, j + chunk)
+            for rows in _chunks(N, chunk):
                 a, gate = _chunk_maps(q, k, p, rows)
                 if gate is not None:
                     a *= gate
@@ -187,26 +185,29 @@ class _RectifiedAttention(torch.autograd.Function):
     def backward(ctx, grad):
         inputs = ctx.saved_tensors
         q, k, p, v = _operands(*inputs)
-        gq, gk, gp, gv = (None if x is None else torch.zeros_like(x) for x in (q, k, p, v))
+        gq, gk, gp, gv = (None if x is None else torch.zeros_like(x, dtype=q.dtype) for x in (q, k, p, v))
         grad = grad.to(v.dtype)
         with no_autocast(q):
-            for j in range(0, v.shape[2], ctx.chunk):
-                rows = slice(j, j + ctx.chunk)
+            for rows in _chunks(v.shape[2], ctx.chunk):
                 a, gate = _chunk_maps(q, k, p, rows)
-                g = torch.bmm(grad[:, :, rows].transpose(1, 2), v).to(a.dtype)  # dL/dA', (B, c, N)
                 rectified = a if gate is None else a * gate
                 gv += torch.bmm(grad[:, :, rows], rectified.to(v.dtype))
+                g = torch.bmm(grad[:, :, rows].transpose(1, 2), v).to(a.dtype)  # dL/dA', (B, c, N)
+                g *= rectified  # both gradients of logits are made of it
                 if gate is not None:
-                    gl = (g * rectified).mul_(1 - gate)  # through the sigmoid
-                    gp += torch.bmm(p[:, :, rows], gl)
+                    gl = torch.addcmul(g, g, gate, value=-1)  # through the sigmoid: g (1 - gate)
+                    gp.baddbmm_(p[:, :, rows], gl)
                     gp[:, :, rows] += torch.bmm(p, gl.transpose(1, 2))
-                    g *= gate
-                g -= (g * a).sum(-1, keepdim=True)  # through the softmax
-                g *= a
+                g.addcmul_(a, g.sum(-1, keepdim=True), value=-1)  # through the softmax
                 gq[:, :, rows] = torch.bmm(k, g.transpose(1, 2))
-                gk += torch.bmm(q[:, :, rows], g)
+                gk.baddbmm_(q[:, :, rows], g)
         grads = (gq, gk, gv, gp)
         return *(None if g is None else g.to(x.dtype) for g, x in zip(grads, inputs)), None
+
+
+def _chunks(n: int, chunk: int) -> list[slice]:
+    """The columns of Q, `chunk` at a time; all at once for 0."""
+    return [slice(j, j + chunk) for j in range(0, n, chunk)] if chunk else [slice(None)]
 
 
 def _operands(q, k, v, p):
@@ -367,15 +368,15 @@ class ResNet(nn.Module):
 
 @contextmanager
 def _still_statistics(module: nn.Module):
-    """Batch statistics as in training, the running ones left alone: the second forward of a step must not count twice."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for m in norms:
-        m.track_running_stats = False
+    """Running statistics go to copies meanwhile: the second forward of a step must not count twice."""
+    kept = [(m, name, b) for m in module.modules() for name, b in m.named_buffers(recurse=False)]
+    for m, name, b in kept:
+        setattr(m, name, b.clone())
     try:
         yield
     finally:
-        for m in norms:
-            m.track_running_stats = True
+        for m, name, b in kept:
+            setattr(m, name, b)
 
 
 # -------------------------------------------------------------------------------------------------- the network

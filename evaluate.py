@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 import dnl
-from data import IGNORE, DataSet, DataError, eval_images, normalize, open_dataset
+from data import IGNORE, DataSet, InputError, eval_images, normalize, open_dataset
 
 VERSION = 1  # of the checkpoint's layout
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -121,10 +121,10 @@ def evaluate(net: nn.Module, dataset: DataSet, *, device: torch.device, rank: in
     """The confusion matrix (n, n) of the network on a labelled data set, int64 on the CPU, summed over all ranks.
 
     Rank r takes images r, r + world, ...: none twice. options are `predict`'s. Leaves the network in eval mode.
-    Raises DataError for a split without ground truth or a file that cannot be used.
+    Raises InputError for a split without ground truth or a file that cannot be used.
     """
     if not dataset.labelled:
-        raise DataError(f"split {dataset.split!r} of {dataset.name} has no ground truth, so it cannot be scored: "
+        raise InputError(f"split {dataset.split!r} of {dataset.name} has no ground truth, so it cannot be scored: "
                          "take a labelled split, or write masks with predict.py")
     net.eval()
     n, matrix = len(dataset.classes), 0
@@ -149,7 +149,7 @@ def distributed() -> Iterator[tuple[int, int, torch.device]]:
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     gpu = torch.cuda.is_available()
     if gpu and local >= torch.cuda.device_count():
-        raise DataError(f"local rank {local} has no GPU, the machine has {torch.cuda.device_count()}: lower --nproc-per-node")
+        raise InputError(f"local rank {local} has no GPU, the machine has {torch.cuda.device_count()}: lower --nproc-per-node")
     device = torch.device("cuda", local) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
@@ -173,7 +173,7 @@ def choose_amp(amp: str, device: torch.device) -> str:
 
 
 def find_factory(context: str) -> Callable[[int, int], nn.Module] | None:
-    """The factory that `MODULE:FACTORY` names, imported; None for the built-in contexts. DataError when there is none."""
+    """The factory that `MODULE:FACTORY` names, imported; None for the built-in contexts. InputError when there is none."""
     if ":" not in context:
         return None
     module, name = context.split(":", 1)
@@ -181,27 +181,27 @@ def find_factory(context: str) -> Callable[[int, int], nn.Module] | None:
     try:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError) as e:
-        raise DataError(f"--context {context}: {e}; expected MODULE:FACTORY with FACTORY(channels, num_classes) -> module") from None
+        raise InputError(f"--context {context}: {e}; expected MODULE:FACTORY with FACTORY(channels, num_classes) -> module") from None
     finally:
         sys.path.pop(0)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint's dict, on the CPU. DataError when it is missing, damaged (the zip's own checksums) or of another kind."""
+    """A checkpoint's dict, on the CPU. InputError when it is missing, damaged (the zip's own checksums) or of another kind."""
     try:
         with zipfile.ZipFile(path) as z:
             bad = z.testzip()
         if bad:
-            raise DataError(f"{path}: damaged at {bad}: use the previous one or train again")
+            raise InputError(f"{path}: damaged at {bad}: use the previous one or train again")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise DataError(f"{path}: no such checkpoint: give a .pt file that train.py wrote") from None
-    except DataError:
+        raise InputError(f"{path}: no such checkpoint: give a .pt file that train.py wrote") from None
+    except InputError:
         raise
     except Exception as e:  # a damaged file can fail in any of the layers that parse it
-        raise DataError(f"{path}: not a readable checkpoint ({type(e).__name__}): give a .pt file that train.py wrote") from None
+        raise InputError(f"{path}: not a readable checkpoint ({type(e).__name__}): give a .pt file that train.py wrote") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("version") != VERSION:
-        raise DataError(f"{path}: not a checkpoint of this version ({VERSION}): give a .pt file that train.py wrote")
+        raise InputError(f"{path}: not a checkpoint of this version ({VERSION}): give a .pt file that train.py wrote")
     return checkpoint
 
 
@@ -231,11 +231,11 @@ def load_network(path: str | Path, device: torch.device, context: str | None = N
     try:
         config = dnl.Config(**checkpoint["config"])
         if ":" in config.context and context != config.context:
-            raise DataError(f"{path}: trained with --context {config.context}; name it again to let it be imported")
+            raise InputError(f"{path}: trained with --context {config.context}; name it again to let it be imported")
         net = dnl.build(config, find_factory(config.context))
         dnl.load_strict(net, checkpoint["model"], str(path))
     except (KeyError, TypeError, ValueError) as e:
-        raise e if isinstance(e, DataError) else DataError(f"{path}: {e}") from None
+        raise e if isinstance(e, InputError) else InputError(f"{path}: {e}") from None
     return net.to(device, memory_format=torch.channels_last).eval(), checkpoint
 
 
@@ -243,7 +243,7 @@ def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's main; wrong input becomes one line on standard error and exit status 2."""
     try:
         sys.exit(main())
-    except DataError as e:
+    except InputError as e:
         print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
         sys.exit(2)
 
@@ -252,7 +252,7 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, as those of wrong files."""
 
     def error(self, message: str) -> None:
-        raise DataError(f"{message} (--help lists the flags)")
+        raise InputError(f"{message} (--help lists the flags)")
 
 
 # -------------------------------------------------------------------------------------------------------- pictures
@@ -309,15 +309,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--json", action="store_true", help="one JSON object as the last line")
     args = p.parse_args(argv)
     if min(args.scales) <= 0 or (args.crop is not None and args.crop < 1) or args.workers < 0:
-        raise DataError("--scales and --crop must be above 0, --workers 0 or more")
+        raise InputError("--scales and --crop must be above 0, --workers 0 or more")
     return args
 
 
 def open_like(checkpoint: dict[str, Any], data: str | None, root: str | None, split: str, source: str) -> DataSet:
-    """The data set that a checkpoint was trained on, or the named one; DataError when their classes differ."""
+    """The data set that a checkpoint was trained on, or the named one; InputError when their classes differ."""
     dataset = open_dataset(data or checkpoint["data"], root or (None if data else checkpoint["root"]), split)
     if list(dataset.classes) != list(checkpoint["classes"]):
-        raise DataError(f"{source}: trained on {len(checkpoint['classes'])} classes ({', '.join(checkpoint['classes'][:3])}, ...), "
+        raise InputError(f"{source}: trained on {len(checkpoint['classes'])} classes ({', '.join(checkpoint['classes'][:3])}, ...), "
                          f"the data set has {len(dataset.classes)} ({', '.join(dataset.classes[:3])}, ...)")
     return dataset
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import dnl
-from data import ADE20K, CITYSCAPES, LAYOUT, DataError, decode_image, eval_items, normalize, show
+from data import ADE20K, CITYSCAPES, LAYOUT, InputError, decode_image, eval_items, normalize, show
 from evaluate import AMP, Parser, choose_amp, colorize, distributed, load_network, predict, run_script, sheet, write
 
 SIDE = 2048  # of a tile, for up to 64 classes
@@ -39,14 +39,14 @@ SERVER = {"cityscapes": tuple(CITYSCAPES), "ade20k": ADE20K}  # the classes, in 
 
 
 def tile_side(num_classes: int, crop: int | None) -> int:
-    """Side of the largest square that is held at once: SIDE, less where its probabilities would exceed 1 GiB, and no less
+    """Side of the largest square computed at once: SIDE, less where its probabilities would exceed 1 GiB, but no less
     than --crop: who asks for larger windows has the memory."""
     return max(min(SIDE, int((2**28 / num_classes) ** 0.5)), crop or 0)
 
 
 def spans(length: int, side: int) -> list[tuple[slice, slice]]:
-    """Tiles of `side` along an axis, as (what is seen, what is kept). Kept parts cover 0..length once; where a tile does not
-    end with the image, at least side // 8 pixels beyond the kept part are seen."""
+    """Tiles of `side` along an axis, as (seen, kept). Kept parts cover 0..length once; at least side // 8 pixels beyond
+    a kept part are seen, unless the image ends there."""
     if length <= side:
         return [(slice(0, length), slice(0, length))]
     margin = side // 8
@@ -57,7 +57,7 @@ def spans(length: int, side: int) -> list[tuple[slice, slice]]:
 
 
 def tiles(size: tuple[int, int], side: int) -> list[tuple[tuple[slice, slice], tuple[slice, slice]]]:
-    """(rows and columns seen, rows and columns kept) of each tile of an image; one tile where it has at most side^2 pixels."""
+    """((rows, columns) seen, (rows, columns) kept) of each tile of an image; one tile up to side^2 pixels."""
     if size[0] * size[1] <= side * side:
         side = max(size)
     return [((ys, xs), (yk, xk)) for ys, yk in spans(size[0], side) for xs, xk in spans(size[1], side)]
@@ -67,8 +67,8 @@ def predict_ids(net: nn.Module, image: Tensor, *, device: torch.device, side: in
                 **options: Any) -> tuple[np.ndarray, np.ndarray]:
     """Class ids (H, W) uint8 and the top class's probability (H, W) uint8, 255 for 1, of an image (3, H, W) uint8.
 
-    Up to side^2 pixels: the argmax of `evaluate.predict`, whose options these are. More: tile by tile, so that the
-    probabilities of one tile are all that is held.
+    Up to side^2 pixels, the argmax of `evaluate.predict`, whose options these are. Beyond, tile by tile, so that only one
+    tile's probabilities are held.
     """
     size = tuple(image.shape[1:])
     ids, confidence = np.empty(size, np.uint8), np.empty(size, np.uint8)
@@ -103,12 +103,10 @@ def page(panels: Sequence[Image.Image], titles: Sequence[str], ids: np.ndarray, 
 
 @torch.inference_mode()
 def attention_maps(net: nn.Module, image: Tensor, at: tuple[int, int]) -> dict[str, Tensor]:
-    """What the pixel at (x, y) of an image (3, H, W) receives: A, P_class, A', A'' of Fig. 4, each (h, w) at F's resolution.
+    """What the pixel (x, y) of an image (3, H, W) receives: its rows of A, P_class, A', A'' (Fig. 4), each (h, w) as F.
 
-    P_class only where the network has GR. The image is taken whole and in fp32. DataError for another context module.
+    The image is taken whole, in fp32. P_class only with GR. The network's context must be a DenoisedNonLocal.
     """
-    if not isinstance(net.context, dnl.DenoisedNonLocal):
-        raise DataError("--attention: this checkpoint's network has no non-local block: take one trained with --context dnl or nl")
     *_, f, p = net.features(normalize(image[None]).contiguous(memory_format=torch.channels_last))
     q, k, _, p = net.context.inputs(f, p)
     size = (h, w) = tuple(f.shape[2:])
@@ -116,17 +114,15 @@ def attention_maps(net: nn.Module, image: Tensor, at: tuple[int, int]) -> dict[s
     queries = torch.tensor([y * w + x], device=f.device)
     a, rectified, retained = dnl.denoised_maps(q, k, p, size, net.context.kernel, queries)
     gate = {} if p is None else {"P_class": dnl.class_affinity(p, queries)}
-    return {name: m[0, 0].unflatten(0, size) for name, m in ({"A": a} | gate | {"A'": rectified, "A''": retained}).items()}
+    rows = {"A": a} | gate | {"A'": rectified, "A''": retained}
+    return {name: row[0, 0].unflatten(0, size) for name, row in rows.items()}
 
 
 def attention_page(net: nn.Module, image: Tensor, ids: np.ndarray, at: tuple[int, int], checkpoint: dict[str, Any], *,
                    device: torch.device, side: int) -> Image.Image:
-    """The prediction with the pixel marked, and over the image its maps, each from 0 to its largest value, which the title
-    tells. Of an image that goes by tiles: the tile that the pixel's class is from. DataError: no such pixel."""
-    H, W = ids.shape
-    if not (at[0] < W and at[1] < H):
-        raise DataError(f"--attention {at[0]},{at[1]}: outside of the image, {W} wide and {H} high")
-    seen = next(s for s, (rows, columns) in tiles((H, W), side) if at[1] < rows.stop and at[0] < columns.stop)
+    """The prediction with the pixel marked, and its maps over the image, each from 0 to its largest value, told in the
+    title. Of an image that goes by tiles, the tile that the pixel's class is from."""
+    seen = next(s for s, (rows, columns) in tiles(ids.shape, side) if at[1] < rows.stop and at[0] < columns.stop)
     image, ids = image[:, *seen], ids[seen]
     x, y = at[0] - seen[1].start, at[1] - seen[0].start
     maps = attention_maps(net, image.to(device), (x, y))
@@ -143,7 +139,7 @@ def _heat(photo: Image.Image, m: Tensor) -> Image.Image:
     level = level.resize(photo.size, Image.Resampling.BILINEAR)
     color = Image.merge("RGB", (level.point(lambda v: min(255, 2 * v)), level.point(lambda v: max(0, 2 * v - 255)),
                                 Image.new("L", photo.size)))
-    return Image.composite(color, Image.blend(Image.new("L", photo.size), photo.convert("L"), 0.6).convert("RGB"), level)
+    return Image.composite(color, photo.convert("L").point(lambda v: 0.6 * v).convert("RGB"), level)
 
 
 # ------------------------------------------------------------------------------------------------------------- files
@@ -152,26 +148,26 @@ def _heat(photo: Image.Image, m: Tensor) -> Image.Image:
 def find_images(inputs: Sequence[str | Path], out: Path) -> tuple[list[tuple[Path, str]], list[Path]]:
     """(file, name of its results) of each image, and the files of folders that have no image's ending.
 
-    Folders are searched to the bottom, without hidden files, linked folders and `out`. DataError: missing, or no image.
+    Folders are searched to the bottom, without hidden files, linked folders and `out`. InputError: missing, or no image.
     """
     def unreadable(e: OSError) -> None:
-        raise DataError(f"{show(e.filename)}: cannot be read ({e.strerror}); mend its permissions")
+        raise InputError(f"{show(e.filename)}: cannot be read ({e.strerror}); mend its permissions")
 
-    found, others = [], []
+    found, others, results = [], [], os.path.realpath(out)
     for given in map(Path, inputs):
         if not given.exists():
-            raise DataError(f"{show(given)}: no such file or folder: give images, or folders of images")
+            raise InputError(f"{show(given)}: no such file or folder: give images, or folders of images")
         if not given.is_dir():
             found.append((given, given.stem))
             continue
         for here, folders, files in os.walk(given, onerror=unreadable):
-            folders[:] = sorted(f for f in folders if f[0] != "." and os.path.realpath(Path(here, f)) != os.path.realpath(out))
+            folders[:] = sorted(f for f in folders if f[0] != "." and os.path.realpath(Path(here, f)) != results)
             paths = [Path(here, f) for f in sorted(files) if f[0] != "."]
             images = [p for p in paths if p.name.lower().endswith(LAYOUT["folder"][1])]
             found += [(p, (p.parent.relative_to(given) / p.stem).as_posix()) for p in images]
             others += [p for p in paths if p not in images]
     if not found:
-        raise DataError(f"{', '.join(map(show, inputs))}: no image; expected files *{', *'.join(LAYOUT['folder'][1])}")
+        raise InputError(f"{', '.join(map(show, inputs))}: no image; expected files *{', *'.join(LAYOUT['folder'][1])}")
     return found, others
 
 
@@ -180,27 +176,27 @@ def server_names(found: list[tuple[Path, str]]) -> list[tuple[Path, str]]:
     frames = [(path, re.fullmatch("([^_]+_[0-9]{6}_[0-9]{6})_leftImg8bit", path.stem)) for path, _ in found]
     wrong = next((path for path, frame in frames if not frame), None)
     if wrong:
-        raise DataError(f"{show(wrong)}: --format cityscapes expects images CITY_SEQUENCE_FRAME_leftImg8bit.png: give "
+        raise InputError(f"{show(wrong)}: --format cityscapes expects images CITY_SEQUENCE_FRAME_leftImg8bit.png: give "
                         "leftImg8bit/test, or leave the flag out")
     return [(path, f"{frame[1]}_pred_labelIds") for path, frame in frames]
 
 
 def check_targets(found: list[tuple[Path, str]], out: Path, endings: Sequence[str]) -> None:
-    """DataError where two images would write one file, an image would be overwritten, or a link leads out of `out`."""
+    """InputError where two images would write one file, an image would be overwritten, or a link leads out of `out`."""
     images, top, owner = {os.path.realpath(path) for path, _ in found}, os.path.realpath(out), {}
     for path, name in found:
         for target in (os.path.join(top, name + end) for end in endings):
             first = owner.setdefault(target, path)
             if first is not path:
-                raise DataError(f"{show(path)} and {show(first)} would both write {show(target)}: rename one, or give "
+                raise InputError(f"{show(path)} and {show(first)} would both write {show(target)}: rename one, or give "
                                 "each its own --out")
             real = os.path.realpath(target)
             if real in images or not Path(real).is_relative_to(top):
-                raise DataError(f"{show(target)}: would overwrite an image or leave {show(out)}: choose another --out")
+                raise InputError(f"{show(target)}: would overwrite an image or leave {show(out)}: choose another --out")
 
 
 def check_server(out: Path, names: Sequence[str]) -> None:
-    """Says what the Cityscapes server would refuse in `out`: files that are missing, extra, of another size, or their count."""
+    """Says what the Cityscapes server would refuse in `out`: missing or extra files, another size, another count."""
     expected = {name + ".png" for name in names}
     there = {p.relative_to(out).as_posix() for p in out.rglob("*.png")}
     lists = {"missing": expected - there, "not of this run, remove them": there - expected,
@@ -219,13 +215,13 @@ def _some(names: Sequence[Path | str], most: int = 20) -> str:
 
 @dataclass(frozen=True)
 class _Images:
-    """index -> (index, image (H, W, 3) uint8), or in the place of an image the DataError that tells why there is none."""
+    """index -> (index, image (H, W, 3) uint8, or the InputError that tells why there is none)."""
     paths: list[Path]
 
-    def __getitem__(self, index: int) -> tuple[int, np.ndarray | DataError]:
+    def __getitem__(self, index: int) -> tuple[int, np.ndarray | InputError]:
         try:
             return index, np.array(decode_image(self.paths[index]))
-        except DataError as e:
+        except InputError as e:
             return index, e
 
 
@@ -239,8 +235,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--out", type=Path, default=Path("predictions"), help="folder of the results")
     p.add_argument("--format", choices=["masks", *SERVER], default="masks",
                    help="palette masks of class ids with overlays, or the files of a test server alone")
-    p.add_argument("--confidence", action="store_true", help="also NAME_confidence.png: the top class's probability, white 1")
-    p.add_argument("--attention", metavar="X,Y", help="also NAME_attention.png: what this pixel receives, by stage")
+    p.add_argument("--confidence", action="store_true", help="also the top class's probability, white is 1")
+    p.add_argument("--attention", metavar="X,Y", help="also the maps of this pixel")
     p.add_argument("--scales", type=float, nargs="+", default=[1.0])
     p.add_argument("--flip", action="store_true", help="average with the mirrored image")
     p.add_argument("--crop", type=int, help="sliding windows of this size (default: the whole image, or tile)")
@@ -249,27 +245,32 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--workers", type=int, default=2, help="processes that read images, per rank")
     args = p.parse_args(argv)
     if min(args.scales) <= 0 or (args.crop is not None and args.crop < 1) or args.workers < 0:
-        raise DataError("--scales and --crop must be above 0, --workers 0 or more")
+        raise InputError("--scales and --crop must be above 0, --workers 0 or more")
     if args.attention and not re.fullmatch("[0-9]+,[0-9]+", args.attention):
-        raise DataError(f"--attention {args.attention}: expected X,Y, whole pixels from the upper left, as 400,300")
+        raise InputError(f"--attention {args.attention}: expected X,Y, whole pixels from the upper left, as 400,300")
     if args.format != "masks" and (args.confidence or args.attention):
-        raise DataError(f"--format {args.format} writes the server's files alone: leave out --confidence and --attention")
+        raise InputError(f"--format {args.format} writes the server's files alone: leave out --confidence, --attention")
     args.attention = args.attention and tuple(map(int, args.attention.split(",")))
     return args
 
 
-def pictures(image: Tensor, title: str, net: nn.Module, checkpoint: dict[str, Any], args: argparse.Namespace,
+def pictures(image: Tensor, path: Path, net: nn.Module, checkpoint: dict[str, Any], args: argparse.Namespace,
              device: torch.device, amp: torch.dtype | None) -> dict[str, Image.Image]:
-    """All results of an image (H, W, 3) uint8, by the ending of their file's name."""
+    """All results of an image (H, W, 3) uint8, by the ending of their file's name. InputError: no such pixel in it."""
+    if args.attention and not (args.attention[0] < image.shape[1] and args.attention[1] < image.shape[0]):
+        raise InputError(f"{show(path)}: --attention {args.attention[0]},{args.attention[1]} is outside of the image, "
+                        f"{image.shape[1]} wide and {image.shape[0]} high")
     side, x, colors = tile_side(len(checkpoint["classes"]), args.crop), image.permute(2, 0, 1), checkpoint["colors"]
-    ids, confidence = predict_ids(net, x, device=device, side=side, scales=args.scales, flip=args.flip, crop=args.crop, amp=amp)
+    ids, confidence = predict_ids(net, x, device=device, side=side, scales=args.scales, flip=args.flip, crop=args.crop,
+                                  amp=amp)
     if args.format == "cityscapes":
         return {".png": Image.fromarray(np.array([v[0] for v in CITYSCAPES.values()], np.uint8)[ids])}
     if args.format == "ade20k":
         return {".png": Image.fromarray(ids + np.uint8(1))}
     photo = Image.fromarray(image.numpy())
     photo.thumbnail((2048, 2048), Image.Resampling.BILINEAR)  # an overlay is to be looked at
-    out = {".png": colorize(ids, colors), "_overlay.png": page([overlay(photo, ids, colors)], [title], ids, checkpoint, 2048)}
+    out = {".png": colorize(ids, colors),
+           "_overlay.png": page([overlay(photo, ids, colors)], [show(path.name)], ids, checkpoint, limit=2048)}
     if args.confidence:
         out["_confidence.png"] = Image.fromarray(confidence)
     if args.attention:
@@ -285,12 +286,12 @@ def endings(args: argparse.Namespace) -> list[str]:
 
 
 def save(picture: Image.Image, target: Path) -> None:
-    """Write a PNG as a whole or not at all. DataError where it cannot be written."""
+    """Write a PNG as a whole or not at all. InputError where it cannot be written."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         write(target, lambda f: picture.save(f, "PNG"))
     except OSError as e:
-        raise DataError(f"{show(target)}: cannot be written ({e.strerror}): free the disk, or choose another --out") from e
+        raise InputError(f"{show(target)}: cannot be written ({e.strerror}): mend that, or choose another --out") from e
 
 
 def say(line: str, end: str = "\n") -> None:
@@ -302,7 +303,7 @@ def say(line: str, end: str = "\n") -> None:
 
 def work(found: list[tuple[Path, str]], net: nn.Module, checkpoint: dict[str, Any], args: argparse.Namespace, rank: int,
          world: int, device: torch.device) -> tuple[int, int]:
-    """Do this rank's share, images rank, rank + world, ... Returns over all ranks how many are done, and how many failed."""
+    """Do images rank, rank + world, ... Returns how many were done and how many failed, over all ranks."""
     counts, start = torch.zeros(2, dtype=torch.int64), time.monotonic()
     amp = AMP[choose_amp(args.amp or checkpoint["amp"], device)]
     loader = DataLoader(_Images([path for path, _ in found]), batch_size=None, num_workers=args.workers,
@@ -310,14 +311,17 @@ def work(found: list[tuple[Path, str]], net: nn.Module, checkpoint: dict[str, An
     for index, image in loader:
         path, name = found[index]
         try:
-            if isinstance(image, DataError):
+            if isinstance(image, InputError):
                 raise image
-            for end, picture in pictures(image, show(path.name), net, checkpoint, args, device, amp).items():
+            for end, picture in pictures(image, path, net, checkpoint, args, device, amp).items():
                 save(picture, args.out / (name + end))
             counts[0] += 1
-        except (DataError, torch.OutOfMemoryError) as e:
+        except InputError as e:
             counts[1] += 1
-            say(f"{show(path)}: out of memory: give --crop 768, or less" if isinstance(e, torch.OutOfMemoryError) else str(e))
+            say(str(e))
+        except torch.OutOfMemoryError:
+            counts[1] += 1
+            say(f"{show(path)}: out of memory of the GPU: give --crop 768, or less")
         if rank == 0:
             rate = counts.sum() * world / (time.monotonic() - start)
             say(f"{index + 1}/{len(found)} images, {rate:.2f} images/s", end="")
@@ -338,8 +342,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     with distributed() as (rank, world, device):
         net, checkpoint = load_network(args.checkpoint, device, args.context)
         if tuple(checkpoint["classes"]) != SERVER.get(args.format, tuple(checkpoint["classes"])):
-            raise DataError(f"{args.checkpoint}: trained on {checkpoint['data']}; expected the classes of {args.format} for "
-                            f"--format {args.format}: leave the flag out")
+            raise InputError(f"{args.checkpoint}: trained on {checkpoint['data']}; --format {args.format} expects the "
+                            f"classes of {args.format}: leave the flag out")
+        if args.attention and not isinstance(net.context, dnl.DenoisedNonLocal):
+            raise InputError(f"{args.checkpoint}: has no non-local block, so no --attention: leave the flag out")
         if others and rank == 0:
             say(f"left out, without an image's ending: {_some(others)}")
         if world > 1:

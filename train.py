@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 import dnl
-from data import IGNORE, SETTINGS, DataError, DataSet, color_jitter, normalize, open_dataset, read, step_items, train_batches
+from data import IGNORE, SETTINGS, InputError, DataSet, color_jitter, normalize, open_dataset, read, step_items, train_batches
 from evaluate import (AMP, VERSION, Parser, choose_amp, colorize, distributed, evaluate, find_factory, predict, read_checkpoint,
                       run_script, scores, sheet, table, write)
 
@@ -55,7 +55,7 @@ def pixel_losses(logits: Tensor, label: Tensor, weight: Tensor | None = None) ->
     weight: (n,) of the classes.
     """
     def one(x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(dnl.resize(x.float(), y.shape[1:]), y.long(), weight, ignore_index=IGNORE, reduction="none")
+        return F.cross_entropy(dnl.resize(dnl.at_least_fp32(x), y.shape[1:]), y.long(), weight, ignore_index=IGNORE, reduction="none")
 
     return torch.cat([recomputed(one, x, y, use_reentrant=False, preserve_rng_state=False)
                       for x, y in zip(logits.split(1), label.split(1))])
@@ -132,7 +132,7 @@ def parser() -> Parser:
 
 
 def parse(argv: Sequence[str] | None, world: int) -> argparse.Namespace:
-    """The arguments, those that depend on --data filled in. DataError for what cannot be trained with."""
+    """The arguments, those that depend on --data filled in. InputError for what cannot be trained with."""
     args = parser().parse_args(argv)
     long = args.epochs is None and args.data == "cityscapes" and args.split == "trainval"
     for name, value in asdict(SETTINGS[args.data]).items():
@@ -142,11 +142,11 @@ def parse(argv: Sequence[str] | None, world: int) -> argparse.Namespace:
     args.out = Path(args.out or f"runs/{args.data}")
     for name in ("crop", "batch", "accumulate", "epochs", "channels", "log_every", "eval_every"):
         if getattr(args, name) < 1:
-            raise DataError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 1 or more")
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 1 or more")
     if not 0 < args.scale[0] <= args.scale[1]:
-        raise DataError(f"--scale {args.scale[0]} {args.scale[1]}: expected 0 < MIN <= MAX")
+        raise InputError(f"--scale {args.scale[0]} {args.scale[1]}: expected 0 < MIN <= MAX")
     if args.batch % (world * args.accumulate):
-        raise DataError(f"--batch {args.batch} is the total over all ranks, and {world} ranks in {args.accumulate} parts do not "
+        raise InputError(f"--batch {args.batch} is the total over all ranks, and {world} ranks in {args.accumulate} parts do not "
                         f"divide it: take a multiple of {world * args.accumulate}")
     return args
 
@@ -159,7 +159,7 @@ def configuration(args: argparse.Namespace, num_classes: int) -> dnl.Config:
 
 
 def check_batch(config: dnl.Config, args: argparse.Namespace, together: int) -> None:
-    """DataError before training where a BatchNorm would see one value a channel: a forward of sizes alone, on the meta device.
+    """InputError before training where a BatchNorm would see one value a channel: a forward of sizes alone, on the meta device.
 
     together: images that one BatchNorm sees at a time.
     """
@@ -168,7 +168,7 @@ def check_batch(config: dnl.Config, args: argparse.Namespace, together: int) -> 
         try:
             net(torch.empty(together, 3, args.crop, args.crop), full_size=False)
         except ValueError as e:
-            raise DataError(f"--batch {args.batch} --accumulate {args.accumulate} leaves {together} image(s) of {args.crop}x{args.crop} "
+            raise InputError(f"--batch {args.batch} --accumulate {args.accumulate} leaves {together} image(s) of {args.crop}x{args.crop} "
                             f"to a BatchNorm ({e}): raise --batch or --crop, or lower --accumulate") from None
 
 
@@ -177,9 +177,9 @@ def read_weights(path: str, n: int) -> Tensor:
     try:
         weights = torch.tensor(json.loads(Path(path).read_text())["weights"], dtype=torch.float32)
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise DataError(f"{path}: no class weights ({e}): expected what `data.py check --json` prints") from None
+        raise InputError(f"{path}: no class weights ({e}): expected what `data.py check --json` prints") from None
     if weights.shape != (n,) or not (weights > 0).all():
-        raise DataError(f"{path}: {tuple(weights.shape)} class weights; expected {n}, above 0: run data.py check on this data set")
+        raise InputError(f"{path}: {tuple(weights.shape)} class weights; expected {n}, above 0: run data.py check on this data set")
     return weights
 
 
@@ -226,7 +226,7 @@ class Run:
 
 
 def setup(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> Run:
-    """Everything but the checkpoint: data, network, optimizer. Raises DataError for what the user can mend."""
+    """Everything but the checkpoint: data, network, optimizer. Raises InputError for what the user can mend."""
     data, val = (open_dataset(args.data, args.root, s, args.cache) for s in (args.split, "val"))
     step_items(0, seed=args.seed, n=len(data), batch=args.batch)
     args.amp = choose_amp(args.amp, device)
@@ -239,7 +239,7 @@ def setup(args: argparse.Namespace, rank: int, world: int, device: torch.device)
         if args.weights != "none" and rank == 0:  # DDP hands rank 0's to the others
             dnl.load_backbone(net.backbone, args.backbone, args.weights)
     except (ValueError, OSError) as e:
-        raise e if isinstance(e, DataError) else DataError(str(e)) from None
+        raise e if isinstance(e, InputError) else InputError(str(e)) from None
     net = nn.SyncBatchNorm.convert_sync_batchnorm(net) if sync else net
     net.backbone.recompute = args.recompute
     net.to(device, memory_format=torch.channels_last)
@@ -309,6 +309,7 @@ def train_step(run: Run, batch: Sequence[Tensor], labelled: float) -> Tensor:
     torch.manual_seed(step_seed(args.seed, run.step, run.rank))
     for group in run.optimizer.param_groups:
         group["lr"] = args.lr * group["factor"] * rate(run.step, run.total, args.power, args.warmup)
+    before = [b.clone() for b in run.net.buffers()] if args.skip_nonfinite else []
     share = torch.zeros_like(run.sums)
     parts = zip(*(t.to(run.device, non_blocking=True).chunk(args.accumulate) for t in batch))
     for i, (x, y, factors) in enumerate(parts, 1):
@@ -324,6 +325,8 @@ def train_step(run: Run, batch: Sequence[Tensor], labelled: float) -> Tensor:
         if run.skipped > args.skip_nonfinite:
             raise nonfinite(run, run.step)
         run.optimizer.zero_grad()
+        for b, old in zip(run.net.buffers(), before):  # BatchNorm has counted the bad batch
+            b.copy_(old)
         return torch.zeros_like(share)
     run.scaler.step(run.optimizer)
     run.scaler.update()
@@ -340,16 +343,16 @@ def follow(ema: nn.Module, net: nn.Module, decay: float) -> None:
         mean.lerp_(now, 1 - decay) if mean.is_floating_point() else mean.copy_(now)
 
 
-def nonfinite(run: Run, step: int) -> DataError:
+def nonfinite(run: Run, step: int) -> InputError:
     """The error of a step whose loss is not finite, with the files of its batch."""
     share = run.args.batch // run.world
     items = step_items(step, seed=run.args.seed, n=len(run.data), batch=run.args.batch)[run.rank * share:(run.rank + 1) * share]
-    return DataError(f"step {step + 1}, rank {run.rank}: the loss is not finite; images {', '.join(str(run.data.items[i].image) for _, i in items)}; "
+    return InputError(f"step {step + 1}, rank {run.rank}: the loss is not finite; images {', '.join(str(run.data.items[i].image) for _, i in items)}; "
                      f"{run.args.out}/last.pt is from before: lower --lr, try --clip 1 or --amp off, or --skip-nonfinite N")
 
 
 def check_finite(run: Run) -> None:
-    """Look at the losses since the last look (this waits for the device). DataError where one is not finite."""
+    """Look at the losses since the last look (this waits for the device). InputError where one is not finite."""
     steps, run.recent = run.recent, []
     if steps:
         bad = (~torch.stack([share for _, share in steps]).isfinite().all(1)).nonzero().flatten().tolist()
@@ -391,9 +394,9 @@ def best_of(history: Sequence[dict[str, Any]]) -> float | None:
 
 def save(run: Run, best: bool = False) -> None:
     """Write (best.pt, ema.pt and) last.pt, keeping the one before as last.prev.pt, and log.jsonl. A full disk is a warning, and
-    tried again. DataError where the weights are not finite: they would replace good ones."""
+    tried again. InputError where the weights are not finite: they would replace good ones."""
     check_finite(run)
-    if not all(p.isfinite().all() for p in run.net.parameters()):
+    if not all(t.isfinite().all() for t in run.net.state_dict().values()):
         raise nonfinite(run, run.step - 1)
     state, out = state_of(run, run.net), run.args.out
     if run.rank:
@@ -429,7 +432,7 @@ def find_checkpoint(run: Run) -> tuple[Path, dict[str, Any]] | None:
     for path in there:
         try:
             return path, read_checkpoint(path)
-        except DataError as e:
+        except InputError as e:
             if path == there[-1]:
                 raise
             if run.rank == 0:
@@ -438,7 +441,7 @@ def find_checkpoint(run: Run) -> tuple[Path, dict[str, Any]] | None:
 
 
 def restore(run: Run) -> None:
-    """Go on from a checkpoint, if there is one. DataError, naming the difference, where it is of other settings."""
+    """Go on from a checkpoint, if there is one. InputError, naming the difference, where it is of other settings."""
     found = find_checkpoint(run)
     if found is None:
         return
@@ -447,7 +450,7 @@ def restore(run: Run) -> None:
         was, now = state["settings"], json.loads(json.dumps(run.settings))
         differ = [f"{k} {was.get(k)} -> {now.get(k)}" for k in sorted({*was, *now}) if was.get(k) != now.get(k)]
         if differ:
-            raise DataError(f"of other settings ({'; '.join(differ)}): repeat its flags to go on, or choose another --out")
+            raise InputError(f"of other settings ({'; '.join(differ)}): repeat its flags to go on, or choose another --out")
         dnl.load_strict(run.net, state["model"], "model")
         if run.ema is not None:
             dnl.load_strict(run.ema, state["ema"], "ema")
@@ -456,7 +459,7 @@ def restore(run: Run) -> None:
         run.step, run.history, run.skipped = state["step"], state["history"], state["skipped"]
         run.sums += state["sums"].to(run.device) if run.rank == 0 else 0
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as e:
-        raise DataError(f"{path}: {e if isinstance(e, DataError) else f'{type(e).__name__} {e}'}") from None
+        raise InputError(f"{path}: {e if isinstance(e, InputError) else f'{type(e).__name__} {e}'}") from None
     if run.rank == 0:
         write_log(run)
         print(f"resumed {path} at step {run.step} of {run.total}")
@@ -521,7 +524,7 @@ def open_board(run: Run) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise DataError("--tensorboard: the package tensorboard is not installed: pip install tensorboard, or do without") from None
+        raise InputError("--tensorboard: the package tensorboard is not installed: pip install tensorboard, or do without") from None
     return SummaryWriter(run.args.out, purge_step=run.step)
 
 
@@ -546,7 +549,7 @@ def train(run: Run) -> int:
                             pin=run.device.type == "cuda")
     set_mode(run.net, args.freeze_bn)
     start, first = time.monotonic(), run.step
-    with stop_signals() as caught:
+    with stop_signals() as caught, closing(batches):
         for batch in batches:
             due = run.step % args.log_every == 0
             labelled, stop, again = over_ranks(run, [count_labelled(run, batch[1]), len(caught), run.unsaved and due])
@@ -568,6 +571,8 @@ def train(run: Run) -> int:
                 save(run)
             if stop and run.step < run.total:
                 return caught[0] if caught else signal.SIGTERM
+    if over_ranks(run, [run.unsaved])[0]:
+        save(run)
     return 0
 
 
@@ -590,8 +595,13 @@ def finish(run: Run) -> int:
         last, out = run.history[-1], run.args.out
         print(table({**last, "iou": list(last["iou"].values())}, run.data.classes))
         pictures = val_sheet(run)
-        write(out / "val.png", lambda f: pictures.save(f, "PNG"))
-        print(f"wrote {out}/last.pt, best.pt (mIoU {best_of(run.history):.4f}), log.jsonl, val.png")
+        try:
+            write(out / "val.png", lambda f: pictures.save(f, "PNG"))
+        except OSError as e:
+            print(f"warning: val.png not written ({e})", file=sys.stderr)
+            return 1
+        best = best_of(run.history)
+        print(f"in {out}: last.pt, best.pt{'' if best is None else f' (mIoU {best:.4f})'}, log.jsonl, val.png")
     return int(run.unsaved)
 
 

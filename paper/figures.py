@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 import dnl
-from data import IGNORE, DataError, DataSet, decode_image, normalize, palette, read
+from data import IGNORE, InputError, DataSet, decode_image, normalize, palette, read
 from evaluate import (AMP, Parser, choose_amp, colorize, load_network, open_like, predict, read_checkpoint, run_script,
                       sheet)
 
@@ -38,9 +38,9 @@ def heat(x: np.ndarray) -> np.ndarray:
 
 
 def require_attention(net: dnl.Network, source: str) -> None:
-    """DataError unless the network has the maps A, A', A''. source: the checkpoint, for the message."""
+    """InputError unless the network has the maps A, A', A''. source: the checkpoint, for the message."""
     if not isinstance(net.context, dnl.DenoisedNonLocal):
-        raise DataError(f"{source}: context {net.config.context!r} has no attention maps A, A', A''; "
+        raise InputError(f"{source}: context {net.config.context!r} has no attention maps A, A', A''; "
                         "give a checkpoint trained with --context dnl or nl")
 
 
@@ -58,11 +58,11 @@ def attention_inputs(net: dnl.Network, image: Tensor,
 def attention_maps(net: dnl.Network, image: Tensor, pixel: tuple[int, int],
                    amp: torch.dtype | None = None) -> dict[str, Tensor]:
     """The rows of A, A', A'' (Fig. 4) and P_class that a pixel (x, y) of the image (3, H, W) receives by: title -> (h, w)
-    at F's size, float32 on the CPU. Maps of parts that the network lacks are left out. DataError: outside the image."""
+    at F's size, float32 on the CPU. Maps of parts that the network lacks are left out. InputError: outside the image."""
     H, W = image.shape[1:]
     x, y = pixel
     if not (0 <= x < W and 0 <= y < H):
-        raise DataError(f"pixel {x},{y}: outside the image of {W}x{H} (width x height); expected X 0..{W - 1}, Y 0..{H - 1}")
+        raise InputError(f"pixel {x},{y}: outside the image of {W}x{H} (width x height); expected X 0..{W - 1}, Y 0..{H - 1}")
     q, k, p, size = attention_inputs(net, image, amp)
     h, w = size
     at = round(y * (h - 1) / max(1, H - 1)) * w + round(x * (w - 1) / max(1, W - 1))  # nearest, corners on corners
@@ -134,7 +134,7 @@ def attention_grid(rows: Sequence[Sequence[tuple[str, str, Image.Image]]]) -> Im
 def attention_sheet(net: dnl.Network, image: Tensor, pixel: tuple[int, int], amp: torch.dtype | None = None,
                     width: int = 900) -> Image.Image:
     """The picture of one pixel's maps (Figs. 1 and 11). image (3, H, W) uint8 on the network's device, pixel (x, y) in it.
-    DataError: outside the image."""
+    InputError: outside the image."""
     return attention_grid([attention_row(net, image, pixel, amp, width)])
 
 
@@ -204,14 +204,14 @@ def disagreement(guesses: Sequence[np.ndarray], truth: np.ndarray | None) -> np.
 
 def predictions(args: argparse.Namespace, device: torch.device) -> tuple[DataSet, list[int], list[list[np.ndarray]]]:
     """The data set, the chosen image numbers, and each checkpoint's class ids (H, W) of each. One network at a time is held.
-    DataError: unequal classes, no such image."""
+    InputError: unequal classes, no such image."""
     guesses = []
     for path in args.checkpoints:
         net, checkpoint = load(path, device, args.context)
         dataset = open_like(checkpoint, args.data, args.root, args.split, path)
         chosen = args.images or np.linspace(0, len(dataset) - 1, min(3, len(dataset))).round().astype(int).tolist()
         if not all(0 <= i < len(dataset) for i in chosen):
-            raise DataError(f"--images {' '.join(map(str, chosen))}: expected numbers in 0..{len(dataset) - 1}, the images of "
+            raise InputError(f"--images {' '.join(map(str, chosen))}: expected numbers in 0..{len(dataset) - 1}, the images of "
                             f"{dataset.name} {args.split}")
         amp = AMP[choose_amp(checkpoint["amp"], device)]
         guesses.append([predict_ids(net, read(dataset, i)[0], device, amp) for i in chosen])
@@ -224,7 +224,7 @@ def compare(args: argparse.Namespace, device: torch.device) -> Image.Image:
     names = ["image", *named(args.names, args.checkpoints), "ground truth"]
     dataset, chosen, guesses = predictions(args, device)
     if args.name not in (None, *dataset.classes):
-        raise DataError(f"--class {args.name}: expected one of {', '.join(dataset.classes)}")
+        raise InputError(f"--class {args.name}: expected one of {', '.join(dataset.classes)}")
     names = names if dataset.labelled else names[:-1]
     rows, width = [], (args.width - 6) // len(names) - 6
     for i, row in zip(chosen, zip(*guesses)):
@@ -241,9 +241,9 @@ def compare(args: argparse.Namespace, device: torch.device) -> Image.Image:
 
 
 def named(names: Sequence[str] | None, paths: Sequence[str]) -> Sequence[str]:
-    """A title for each path: --names, or the end of the path. DataError when they are not as many."""
+    """A title for each path: --names, or the end of the path. InputError when they are not as many."""
     if names and len(names) != len(paths):
-        raise DataError(f"--names: got {len(names)} names for {len(paths)} paths: give one for each")
+        raise InputError(f"--names: got {len(names)} names for {len(paths)} paths: give one for each")
     return names or [str(Path(*Path(p).parts[-2:])) for p in paths]
 
 
@@ -251,14 +251,14 @@ def named(names: Sequence[str] | None, paths: Sequence[str]) -> Sequence[str]:
 
 
 def read_log(run: str) -> list[dict]:
-    """The epochs of a run's log.jsonl (the run's folder, or the file). DataError: none there, or not such a file."""
+    """The epochs of a run's log.jsonl (the run's folder, or the file). InputError: none there, or not such a file."""
     path = Path(run, "log.jsonl") if Path(run).is_dir() else Path(run)
     try:
         epochs = [e for e in map(json.loads, path.read_text(encoding="utf-8").splitlines()) if "settings" not in e]
         if not epochs or not all({"epoch", "loss", "miou"} <= e.keys() for e in epochs):
             raise ValueError("no epoch in it")
     except (OSError, ValueError, AttributeError, TypeError) as e:
-        raise DataError(f"{path}: not the log of a run ({getattr(e, 'strerror', None) or e}): name the folder that train.py "
+        raise InputError(f"{path}: not the log of a run ({getattr(e, 'strerror', None) or e}): name the folder that train.py "
                         "wrote, after its first epoch") from None
     return epochs
 
@@ -300,7 +300,7 @@ def panel(title: str, lines: Sequence[Sequence[tuple[float, float]]], colors: Se
 
 
 def curves(runs: Sequence[str], names: Sequence[str] | None = None, width: int = 900) -> Image.Image:
-    """Training loss and validation mIoU of runs over their epochs, side by side. DataError: a run without a log."""
+    """Training loss and validation mIoU of runs over their epochs, side by side. InputError: a run without a log."""
     logs, colors = [read_log(run) for run in runs], palette(len(runs))
     last = max(log[-1]["epoch"] for log in logs)
     out = Image.new("RGB", (2 * width, 760 + 40 * len(runs)), "white")  # drawn twice as large: smooth lines
@@ -370,7 +370,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
             p.add_argument("--context", nargs="+", default=[], help="MODULE:FACTORY, again, where training was given one")
     args = main.parse_args(argv)
     if args.width < 200:
-        raise DataError(f"--width {args.width}: expected 200 or more")
+        raise InputError(f"--width {args.width}: expected 200 or more")
     return args
 
 
@@ -385,7 +385,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         out.save(args.out)
     except (OSError, ValueError) as e:
-        raise DataError(f"--out {args.out}: cannot be written ({e}): name a .png file in a folder of yours") from None
+        raise InputError(f"--out {args.out}: cannot be written ({e}): name a .png file in a folder of yours") from None
     print(f"wrote {args.out}, {out.width}x{out.height}")
     return 0
 

@@ -3,14 +3,13 @@
     python -m paper.noise runs/cityscapes/best.pt                   # the checkpoint's data set, validation split
     python -m paper.noise best.pt --root DIR --queries 256 --json   # one JSON object last
 
-The paper shows both noises as pictures (Section I, Figs. 1 and 11). Here, for a query pixel of class c and its map row a
-over the pixels with a known label, at F's resolution:
+The paper shows them as pictures (Section I, Figs. 1, 11). Here, for a query of class c and its row a, at F's resolution:
 
     inter-class noise = sum of a outside class c / sum of a       0: nothing leaks to other classes
     intra-class noise = 1 - H(b) / log(n_c)                       0: an even row, without hollows
 
-with b the row within the n_c pixels of class c, normalised, and H its entropy. Averaged over the queries of a class, then
-over classes. Only the rows of sampled queries are made, in fp32: no N x N map.
+with b the row within the n_c pixels of class c, normalised, and H its entropy; pixels of label 255 are left out. Averaged
+over queries, then over classes. Only rows of sampled queries are made, in fp32: no N x N map.
 """
 from __future__ import annotations
 
@@ -24,17 +23,16 @@ import torch
 from torch import Tensor
 
 import dnl
-from data import IGNORE, DataError, DataSet, eval_images
+from data import IGNORE, InputError, DataSet, eval_images
 from evaluate import Parser, load_network, open_like, run_script
 from paper.figures import attention_inputs, require_attention
 
 MAPS, NOISES = ("A", "A'", "A''"), ("inter", "intra")
 
+
 def inter_class(rows: Tensor, label: Tensor, classes: Tensor) -> Tensor:
     """The share of each row that lies outside its query's class, (R,) float64 in 0..1; pixels of label 255 do not count.
-
-    rows (R, N), not negative, of any scale; label (N,); classes (R,) of the queries. NaN where the row sums to 0.
-    """
+    rows (R, N), not negative, of any scale; label (N,); classes (R,) of the queries. NaN where the row sums to 0."""
     rows = rows.double() * (label != IGNORE)
     return (rows * (label != classes[:, None])).sum(1) / rows.sum(1)
 
@@ -47,8 +45,7 @@ def intra_class(rows: Tensor, label: Tensor, classes: Tensor) -> Tensor:
     inside = label == classes[:, None]  # (R, N)
     b = rows.double() * inside
     entropy = torch.special.entr(b / b.sum(1, keepdim=True)).sum(1)
-    count = inside.sum(1)
-    return (1 - entropy / count.double().log()).masked_fill(count < 2, torch.nan)
+    return 1 - entropy / inside.sum(1).double().log()  # 0/0 where the class has one pixel
 
 
 def labels_at(label: Tensor, size: tuple[int, int]) -> Tensor:
@@ -68,12 +65,9 @@ def sample_queries(label: np.ndarray, count: int, rng: np.random.Generator) -> n
 
 
 @torch.inference_mode()
-def image_noise(net: dnl.Network, image: Tensor, label: Tensor, count: int,
-                rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+def image_noise(net: dnl.Network, image: Tensor, label: Tensor, count: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     """Both noises of A, A', A'' for sampled queries of one image: (3, 2, R) float64, and their classes (R,) int64.
-
-    image (3, H, W) 0..255, label (H, W), both on the network's device.
-    """
+    image (3, H, W) 0..255, label (H, W), both on the network's device."""
     q, k, p, size = attention_inputs(net, image)
     label = labels_at(label, size).long()  # (N,)
     queries = torch.from_numpy(sample_queries(label.cpu().numpy(), count, rng)).to(label.device)
@@ -85,9 +79,9 @@ def image_noise(net: dnl.Network, image: Tensor, label: Tensor, count: int,
 def measure(net: dnl.Network, dataset: DataSet, *, queries: int, seed: int, device: torch.device, workers: int = 0,
             progress: Callable[[int, int], None] = lambda done, n: None) -> tuple[Tensor, Tensor]:
     """Mean noise (3, 2, n) of each map and class over the data set, NaN for a class without a query, and the numbers of
-    queries that counted (3, 2, n). The queries of image i depend on (seed, i) alone. DataError: no ground truth."""
+    queries that counted (3, 2, n). The queries of image i depend on (seed, i) alone. InputError: no ground truth."""
     if not dataset.labelled:
-        raise DataError(f"split {dataset.split!r} of {dataset.name} has no ground truth: take a labelled one")
+        raise InputError(f"split {dataset.split!r} of {dataset.name} has no ground truth: take a labelled one")
     sums = torch.zeros(3, 2, len(dataset.classes), dtype=torch.float64, device=device)
     counts = torch.zeros_like(sums)
     for index, image, label in eval_images(dataset, 0, 1, workers):
@@ -111,12 +105,11 @@ def table(means: Tensor, counts: Tensor, classes: Sequence[str]) -> str:
 
 def as_plain(means: Tensor, counts: Tensor, classes: Sequence[str]) -> dict[str, dict]:
     """{"A": {"inter": {"mean": x, "classes": {name: x}, "queries": {name: n}}, "intra": ...}, ...}, None for NaN."""
-    def plain(v: Tensor) -> float | None:
-        return None if v.isnan() else float(v)
+    def one(row: Tensor, n: Tensor) -> dict:
+        mean, *each = [None if v != v else v for v in [float(row.nanmean()), *row.tolist()]]
+        return {"mean": mean, "classes": dict(zip(classes, each)), "queries": dict(zip(classes, n.tolist()))}
 
-    return {m: {noise: {"mean": plain(means[i, j].nanmean()), "classes": dict(zip(classes, map(plain, means[i, j]))),
-                        "queries": dict(zip(classes, counts[i, j].tolist()))}
-                for j, noise in enumerate(NOISES)} for i, m in enumerate(MAPS)}
+    return {m: dict(zip(NOISES, map(one, row, n))) for m, row, n in zip(MAPS, means, counts)}
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -132,7 +125,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--json", action="store_true", help="one JSON object as the last line")
     args = p.parse_args(argv)
     if args.queries < 1 or args.seed < 0 or args.workers < 0:
-        raise DataError("--queries must be 1 or more, --seed and --workers 0 or more")
+        raise InputError("--queries must be 1 or more, --seed and --workers 0 or more")
     return args
 
 
@@ -142,13 +135,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     net, checkpoint = load_network(args.checkpoint, device, args.context)
     require_attention(net, args.checkpoint)
     dataset = open_like(checkpoint, args.data, args.root, args.split, args.checkpoint)
-
-    def progress(done: int, n: int) -> None:
-        if sys.stderr.isatty():
-            print(f"\r{done}/{n} images", end="\n" * (done == n), file=sys.stderr)
-
+    show = sys.stderr.isatty()
     means, counts = measure(net, dataset, queries=args.queries, seed=args.seed, device=device, workers=args.workers,
-                            progress=progress)
+                            progress=lambda i, n: show and print(f"\r{i}/{n} images", end="\n" * (i == n), file=sys.stderr))
     print(table(means, counts, dataset.classes))
     if args.json:
         print(json.dumps({"maps": as_plain(means, counts, dataset.classes), "data": dataset.name, "split": args.split,

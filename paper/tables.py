@@ -21,7 +21,6 @@ import statistics
 import subprocess
 import sys
 import time
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,15 +30,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from data import DataError
+from data import InputError
 from dnl import DenoisedNonLocal, denoised_maps
 from evaluate import Parser, run_script
 from paper import peers
+from paper.bench import in_turn, peak_memory
 
 # ------------------------------------------------------------------------------------------------ Table V: complexity
 
@@ -70,78 +68,40 @@ BLOCKS: tuple[tuple[str, Callable[[], nn.Module], bool, float | None, int | None
     ("ASPP", partial(peers.aspp, CHANNELS, CLASSES), False, None, None))
 
 
-class LiveTensors(TorchDispatchMode):
-    """`peak`: the most bytes at once in tensors made in the block. A kernel's own scratch is not seen."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.known: weakref.WeakSet = weakref.WeakSet()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.known.update(t.untyped_storage() for t in tree_iter((args, kwargs)) if isinstance(t, Tensor))
-        out = func(*args, **(kwargs or {}))
-        for storage in {t.untyped_storage() for t in tree_iter(out) if isinstance(t, Tensor)} - set(self.known):
-            self.known.add(storage)
-            self.now += storage.nbytes()
-            weakref.finalize(storage, self._freed, storage.nbytes())
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def _freed(self, size: int) -> None:
-        self.now -= size
-
-
-def peak_memory(run: Callable[[], Any], device: torch.device) -> int:
-    """Bytes at the peak of `run` over what there is before it: torch's allocations on a GPU, live tensors elsewhere."""
-    if device.type != "cuda":
-        with LiveTensors() as live:
-            run()
-        return live.peak
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    run()
-    return torch.cuda.max_memory_allocated(device) - before
-
-
-def milliseconds(run: Callable[[], Any], device: torch.device, repeats: int = 10) -> float:
-    """The median time of `run`, waited for."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return 1000 * statistics.median(times)
+def ready(make: Callable[[], nn.Module], given: bool, device: torch.device) -> tuple[nn.Module, list[Tensor]]:
+    """The block in eval mode, and its inputs: F (1, 512, 48, 48) and, where it is given, P (1, 19, 48, 48)."""
+    with device:
+        return make().eval(), [torch.randn(1, c, SIDE, SIDE) for c in ([CHANNELS, CLASSES] if given else [CHANNELS])]
 
 
 @torch.no_grad()
-def measure(make: Callable[[], nn.Module], given: bool, device: torch.device) -> dict[str, float]:
-    """gflops (2 a multiply-add, convolutions and matrix products), parameters, memory (MiB), time (ms) of one forward.
-
-    make: the block, run in eval mode and fp32 on an input (1, 512, 48, 48); given: and on P (1, 19, 48, 48).
-    """
-    with device:
-        block = make().eval()
-        inputs = [torch.randn(1, c, SIDE, SIDE) for c in ([CHANNELS, CLASSES] if given else [CHANNELS])]
-    run = partial(block, *inputs)
+def count(make: Callable[[], nn.Module], given: bool) -> tuple[float, int]:
+    """GFLOPs of a forward (2 a multiply-add, convolutions and matrix products) and parameters, from shapes alone."""
+    block, inputs = ready(make, given, torch.device("meta"))
     with FlopCounterMode(display=False) as flops:
-        run()  # also the warm-up: libraries take their workspaces here
-    return {"gflops": flops.get_total_flops() / 1e9, "parameters": sum(p.numel() for p in block.parameters()),
-            "memory": peak_memory(run, device) / 2**20, "time": milliseconds(run, device)}
+        block(*inputs)
+    return flops.get_total_flops() / 1e9, sum(p.numel() for p in block.parameters())
 
 
+@torch.no_grad()
 def complexity(device: torch.device) -> dict[str, Any]:
-    """Table V: {"mode": how it is measured, "rows": [{"method", `measure`'s, "paper_gflops", "paper_memory"}]}."""
+    """Table V: {"mode": how it is measured, "rows": [{"method", "gflops", "parameters", "memory" (MiB), "time" (ms),
+    "paper_gflops", "paper_memory"}]}."""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    kind = "allocations" if device.type == "cuda" else "live tensors (without the kernels' own scratch)"
-    mode = (f"The block alone on one input {CHANNELS}x{SIDE}x{SIDE} (a 768x768 image at stride 16), {CLASSES} classes, forward "
-            f"in eval mode without gradient, fp32, {where}. GFLOPs: 2 a multiply-add, convolutions and matrix products. "
-            f"Memory: peak of {kind} over the input and the parameters, MiB. Time: median of 10. P given: without the "
-            "1x1 convolution that predicts P. The paper states neither mode nor unit of its memory (M).")
-    rows = [{"method": name, **measure(make, given, device), "paper_gflops": gflops, "paper_memory": memory}
-            for name, make, given, gflops, memory in BLOCKS]
+    mode = (f"The block alone on one input {CHANNELS}x{SIDE}x{SIDE} (a 768x768 image at stride 16), {CLASSES} classes, "
+            f"forward in eval mode without gradient, fp32, {where}. GFLOPs: 2 a multiply-add, convolutions and matrix "
+            "products. MiB: peak of allocations over the input and the parameters. ms: median of 10, in turn. P given: "
+            "without the 1x1 convolution that predicts P. The paper states neither mode nor unit of its memory (M).")
+    runs, rows = {}, []
+    for name, make, given, *_ in BLOCKS:
+        block, inputs = ready(make, given, device)
+        runs[name] = partial(block, *inputs)
+    times = in_turn(runs, 10, device)  # before the memory: it also lets libraries take their workspaces
+    for name, make, given, paper_gflops, paper_memory in BLOCKS:
+        gflops, parameters = count(make, given)
+        peak, _ = peak_memory(lambda: [runs[name]()], device)
+        rows.append({"method": name, "gflops": gflops, "parameters": parameters, "memory": peak / 2**20,
+                     "time": 1000 * times[name], "paper_gflops": paper_gflops, "paper_memory": paper_memory})
     return {"mode": mode, "rows": rows}
 
 
@@ -213,7 +173,7 @@ class Cell:
     def result(self) -> dict[str, Any] | None:
         """The line of results.jsonl, None while unfinished. miou: of the last epoch; best: the highest of all epochs.
 
-        DataError where the finished run is of other settings than this cell's.
+        InputError where the finished run is of other settings than this cell's.
         """
         first, *epochs = self.log() or [{}]
         if not epochs or epochs[-1]["epoch"] < first["settings"]["epochs"] or epochs[-1]["miou"] is None:
@@ -221,8 +181,8 @@ class Cell:
         was = first["settings"]
         differ = [f"{k} {was[k]} -> {v}" for k, v in self.settings.items() if k in was and was[k] != v]
         if differ:
-            raise DataError(f"{self.out}: finished with other settings ({'; '.join(differ)}): repeat its flags to keep it, "
-                            "or choose another --out")
+            raise InputError(f"{self.out}: finished with other settings ({'; '.join(differ)}): repeat its flags "
+                            "to keep it, or choose another --out")
         best = max(e["miou"] for e in epochs if e["miou"] is not None)
         return {"method": self.name, "seed": self.seed, "miou": epochs[-1]["miou"], "best": best,
                 "out": str(self.out), "settings": was}
@@ -231,14 +191,14 @@ class Cell:
 def cells_of(table: str, out: Path, seeds: Sequence[int], flags: Sequence[str]) -> list[Cell]:
     """The runs of a table, all methods of a seed before the next seed. flags: of train.py, common to all.
 
-    DataError for flags that train.py does not take, and for those that tell the cells apart.
+    InputError for flags that train.py does not take, and for those that tell the cells apart.
     """
     parser = train.parser()
     own = ("out", "resume", "seed", "context", "no_gr", "no_lr")
     parser.set_defaults(**dict.fromkeys(own))
     given = [k for k in own if getattr(parser.parse_args(flags), k) is not None]
     if given:
-        raise DataError(f"--{given[0].replace('_', '-')} among train.py's flags: the table sets it itself, leave it out")
+        raise InputError(f"--{given[0].replace('_', '-')} among train.py's flags: the table sets it, leave it out")
     cells = []
     for seed in dict.fromkeys(seeds):
         for name in TABLES[table]:
@@ -255,7 +215,7 @@ def start(cell: Cell, slot: int, jobs: int, script: Path, lock: int) -> subproce
     """train.py for a cell, on a GPU in turn where there are several. It holds the table's lock while it lives."""
     env = os.environ.copy()
     visible = env.get("CUDA_VISIBLE_DEVICES")
-    gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]  # makes no CUDA context
+    gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]  # no context
     if len(gpus) > 1:
         env["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
     if jobs > 1:  # or each takes all the cores
@@ -268,13 +228,13 @@ def start(cell: Cell, slot: int, jobs: int, script: Path, lock: int) -> subproce
 
 @contextmanager
 def locked(out: Path) -> Iterator[int]:
-    """OUT for this command alone; children of a killed command that live on hold it too. The file that holds the lock."""
+    """OUT for this command alone, or InputError; runs that outlive a killed command hold it too. The lock's file."""
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DataError(f"{out}: another command, or a run that it left, is at work there: wait or stop it") from None
+            raise InputError(f"{out}: another command, or a run it left, is at work there: wait or stop it") from None
         yield file.fileno()
 
 
@@ -358,10 +318,10 @@ def score_table(cells: Sequence[Cell], command: str) -> str:
                      " / ".join(str(METHODS[name].paper[i]) for i in which)])
     paper = "paper " + " / ".join(("R-50", "R-101")[i] for i in which)
     return (f"{markdown(['Method', 'runs', 'mIoU, %', 'deviation', 'best epoch', paper], rows)}\n\n"
-            f"mIoU of the last epoch on the validation split of {s['data']}, mean and sample standard deviation over the "
-            "seeds. Best epoch: mean of each run's best, which is chosen on the split that it is measured on. "
-            f"{s['backbone']}, preset {s['preset']}, {s['epochs']} epochs, crop {s['crop']}, batch {s['batch']}. "
-            f"The paper's: Cityscapes val, 240 epochs, crop 768, batch 8.\n\n    {command}\n")
+            f"mIoU of the last epoch on the validation split of {s['data']}, mean and sample standard deviation over "
+            "the seeds. Best epoch: mean of each run's best, which is chosen on the split that it is measured on. "
+            f"{s['backbone']}, preset {s['preset']}, epochs {s['epochs']}, crop {s['crop']}, batch {s['batch']}. "
+            f"The paper's: Cityscapes val, epochs 240, crop 768, batch 8.\n\n    {command}\n")
 
 
 def run_table(table: str, out: Path, seeds: Sequence[int], jobs: int, flags: Sequence[str],
@@ -389,7 +349,8 @@ def parser() -> Parser:
     t = tables.add_parser("complexity", help="Table V", allow_abbrev=False)
     t.add_argument("--json", action="store_true", help="also one JSON object, as the last line")
     for name, what in (("ablation", "Table II"), ("compare", "Tables III and IV")):
-        t = tables.add_parser(name, help=what, description=f"{what}. All other flags go to train.py.", allow_abbrev=False)
+        t = tables.add_parser(name, help=what, allow_abbrev=False,
+                              description=f"{what}. All other flags go to train.py, whose --help lists them.")
         t.add_argument("--out", type=Path, default=Path("runs") / name, help="folder of all its runs (%(default)s)")
         t.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
         t.add_argument("--jobs", type=int, default=1, help="runs at a time, on the GPUs in turn")
@@ -403,12 +364,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags += argv[split + 1:]
     if args.table == "complexity":
         if flags:
-            raise DataError(f"{flags[0]}: not a flag of complexity, which takes --json alone")
+            raise InputError(f"{flags[0]}: not a flag of complexity, which takes --json alone")
         result = complexity(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         print(complexity_table(result), *[json.dumps(result)] * args.json, sep="\n")
         return 0
     if args.jobs < 1:
-        raise DataError(f"--jobs {args.jobs}: expected 1 or more")
+        raise InputError(f"--jobs {args.jobs}: expected 1 or more")
     try:
         return run_table(args.table, args.out, args.seeds, args.jobs, flags)
     except KeyboardInterrupt:

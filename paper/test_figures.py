@@ -1,0 +1,193 @@
+"""The pictures: what they show is checked pixel by pixel where it can be, and every figure runs end to end."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import dnl
+from paper import figures
+from paper.test_noise import checkpoint
+
+GREEN = (0, 255, 0)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with two checkpoints and a photograph of 90x61."""
+    folder = tmp_path_factory.mktemp("figures")
+    checkpoint(folder / "dnl.pt")
+    checkpoint(folder / "nl.pt", context="nl")
+    pixels = np.random.default_rng(0).integers(0, 256, (61, 90, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "photo.png")
+    return folder
+
+
+def lightness(rgb):
+    """CIE L* of sRGB colours (..., 3)."""
+    c = np.asarray(rgb) / 255
+    linear = np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+    return 116 * np.cbrt(linear @ [0.2126, 0.7152, 0.0722]) - 16
+
+
+def test_equal_steps_of_attention_are_equal_steps_of_lightness():
+    steps = np.linspace(0, 1, 33)
+    assert np.abs(lightness(figures.heat(steps)) - (15 + 80 * steps)).max() < 1.5
+
+
+@pytest.mark.parametrize("pixel, at", [((0, 0), 0), ((89, 0), 5), ((0, 60), 18), ((89, 60), 23), ((45, 31), 2 * 6 + 3)])
+def test_maps_are_the_rows_of_the_pixel(made, pixel, at):
+    """F of a 61x90 image is 4x6, its corners on the image's."""
+    net = checkpoint(made / "again.pt")
+    image = torch.from_numpy(np.array(Image.open(made / "photo.png"))).permute(2, 0, 1)
+    with torch.no_grad():
+        f, p = net.features(data.normalize(image[None]))[3:]
+        q, k, _, p = net.context.inputs(f, p)
+        whole = [*dnl.denoised_maps(q, k, p, (4, 6)), dnl.class_affinity(p)]
+    got = figures.attention_maps(net, image, pixel)
+    assert list(got) == ["A", "A' (after GR)", "A'' (after LR)", "P_class"]
+    for m, full in zip(got.values(), whole):
+        torch.testing.assert_close(m, full[0, at].view(4, 6), rtol=1e-4, atol=1e-6)
+
+
+def test_parts_that_a_network_lacks_are_left_out(made):
+    image = torch.zeros(3, 33, 33, dtype=torch.uint8)
+    assert list(figures.attention_maps(checkpoint(made / "x.pt", context="nl"), image, (0, 0))) == ["A"]
+    assert list(figures.attention_maps(checkpoint(made / "x.pt", gr=False), image, (0, 0))) == ["A", "A'' (after LR)"]
+
+
+def test_overlay_is_brightest_at_the_maximum():
+    values = torch.zeros(4, 6)
+    values[2, 5] = 1e-7  # maps of many pixels are small: each is scaled by its own maximum
+    out = np.asarray(figures.overlay_map(Image.new("RGB", (91, 61), "black"), values))
+    assert out.shape == (61, 91, 3)
+    assert tuple(np.unravel_index(out.sum(2).argmax(), (61, 91))) == (40, 90)
+    assert np.abs(out[40, 90] - 0.7 * np.array(figures.HEAT[-1])).max() <= 0.5
+    assert np.abs(out[0, 0] - 0.7 * np.array(figures.HEAT[0])).max() <= 0.5
+
+
+@pytest.mark.parametrize("pixel", [(10, 50), (0, 0), (89, 60)])
+def test_sheet_marks_the_pixel_in_every_picture(made, pixel):
+    net = checkpoint(made / "again.pt")
+    image = torch.from_numpy(np.array(Image.open(made / "photo.png"))).permute(2, 0, 1)
+    out = figures.attention_sheet(net, image, pixel, width=900)
+    width = (900 - 6) // 5 - 6
+    assert abs(out.width - 900) <= 5
+    green = (np.asarray(out) == GREEN).all(2)
+    for i in range(5):
+        left = 6 + i * (width + 6)
+        x, y = left + (pixel[0] + 0.5) * width / 90, 20 + (pixel[1] + 0.5) * width / 90
+        assert green[int(y) - 1:int(y) + 2, int(x) - 1:int(x) + 2].any()
+        assert green[:, left:left + width].sum() > 10
+
+
+def test_pixels_are_drawn_from_different_classes():
+    ids = np.zeros((20, 30), np.uint8)
+    ids[3:12, 4:20], ids[15, 15] = 5, 6  # class 6 covers less than 1 %
+    for seed in range(10):
+        drawn = figures.draw_pixels(ids, 2, np.random.default_rng(seed))
+        assert sorted(int(ids[y, x]) for x, y in drawn) == [0, 5]
+
+
+def test_boxes_lie_where_the_weight_is():
+    """Against a search over all squares, by sums of slices."""
+    rng = np.random.default_rng(4)
+    weight = (rng.random((40, 52)) < 0.1) * 1.0
+    weight[5:14, 30:42], weight[28:36, 3:9] = 1, 1
+    boxes = figures.largest_boxes(weight)
+    for left, top, side in boxes:
+        best = max(weight[y:y + 10, x:x + 10].sum() for y in range(31) for x in range(43))
+        assert side == 10 and weight[top:top + 10, left:left + 10].sum() == best
+        weight[top:top + 10, left:left + 10] = -1e4
+    assert len(boxes) == 2
+    weight = np.zeros((40, 40))
+    weight[5:17, 5:17] = 1  # the best second square would overlap the first
+    (x, y, side), (x2, y2, _) = figures.largest_boxes(weight)
+    assert max(abs(x - x2), abs(y - y2)) >= side
+    assert figures.largest_boxes(np.zeros((40, 52))) == []
+    assert figures.largest_boxes(np.ones((1, 1))) == [(0, 0, 1)]
+
+
+def test_disagreement():
+    a, b, truth = np.array([[1, 2, 3, 4]]), np.array([[1, 2, 0, 0]]), np.array([[1, 0, 3, 255]])
+    assert figures.disagreement([a, b], truth).tolist() == [[False, False, True, False]]
+    assert figures.disagreement([a], truth).tolist() == [[False, True, False, False]]
+    assert figures.disagreement([a, b], None).tolist() == [[False, False, True, True]]
+
+
+def test_region_colours_the_mask_only():
+    mask = np.array([[True, False]])
+    out = np.asarray(figures.region(np.full((1, 2, 3), 100, np.uint8), mask, (200, 0, 40)))
+    assert out.tolist() == [[[165, 35, 61], [50, 50, 50]]]
+
+
+@pytest.mark.parametrize("low, high, expected", [(0, 36, [0, 10, 20, 30]), (0.21, 0.52, [0.3, 0.4, 0.5]), (0, 4, [0, 1, 2, 3, 4]),
+                                                 (0.99, 1.01, [0.99, 0.995, 1, 1.005, 1.01])])
+def test_ticks(low, high, expected):
+    assert figures.ticks(low, high) == expected
+
+
+def test_panel_places_points():
+    """The lowest value is 5 % of the range above the axis, epoch x_end at its right end."""
+    out = np.asarray(figures.panel("t", [[(0, 2.0), (10, 4.0)]], [(255, 0, 0)], 10, (620, 610)))
+    y, x = np.nonzero((out == (255, 0, 0)).all(2))
+    assert abs(x.min() - 85) <= 1 and abs(x.max() - 595) <= 1  # 90 and 590, dots of radius 5
+    assert abs(y.max() - 5 - (550 - 500 * 0.1 / 2.2)) <= 2 and abs(y.min() + 5 - (550 - 500 * 2.1 / 2.2)) <= 2
+
+
+def run(*argv):
+    assert figures.main([str(a) for a in argv]) == 0
+    return Image.open(argv[argv.index("--out") + 1])
+
+
+def test_boxed_draws_white_at_the_scaled_place():
+    out = np.asarray(figures.boxed(Image.new("RGB", (50, 40), "gray"), [(10, 5, 20)], 100))
+    y, x = np.nonzero((out == 255).all(2))
+    assert out.shape == (80, 100, 3) and (x.min(), x.max(), y.min(), y.max()) == (20, 60, 10, 50)
+    assert (out[30, 30] == 128).all() and not (np.asarray(figures.boxed(Image.new("RGB", (50, 40)), [], 100)) == 255).any()
+
+
+def test_every_figure_runs(made, monkeypatch):
+    monkeypatch.setitem(data.SYNTHETIC_SIZES, "val", 3)
+    out = run("attention", made / "dnl.pt", made / "photo.png", "--pixel", "3,4", "80,60", "--out", made / "new" / "a.png")
+    assert abs(out.width - 900) <= 5
+    twice = [np.asarray(run("attention", made / "nl.pt", made / "photo.png", "--out", made / f"{i}.png")) for i in (1, 2)]
+    assert np.array_equal(*twice)
+    compared = run("compare", made / "dnl.pt", made / "nl.pt", "--names", "A", "B", "--images", "0", "2", "--out", made / "c.png")
+    truth = Image.fromarray(np.array(data.palette(8), np.uint8)[data.scene("val", 2)[1]]).resize((217, 174), 0)
+    cell = np.asarray(compared)[22 + 180:, 6 + 3 * 223:][:174, :217]  # second row, fourth column
+    assert (cell == np.asarray(truth)).all(2).mean() > 0.8  # all but the boxes' lines
+    out = run("region", made / "dnl.pt", "--class", "ball", "--out", made / "r.png", "--width", "700")
+    assert abs(out.width - 700) <= 5
+
+
+def test_curves(tmp_path):
+    for name, n in (("a", 5), ("b", 1)):
+        (tmp_path / name).mkdir()
+        lines = [{"settings": {}}, *({"epoch": e + 1, "loss": 2 / (e + 1), "miou": None if e % 2 else 0.1 * e} for e in range(n))]
+        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    out = np.asarray(run("curves", tmp_path / "a", tmp_path / "b" / "log.jsonl", "--out", tmp_path / "c.png"))
+    for color in data.palette(2):
+        assert (np.abs(out.astype(int) - color).sum(2) < 12).sum() > 100  # its legend and its points
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["attention", "dnl.pt", "photo.png", "--pixel", "90,0"], r"pixel 90,0: outside the image of 90x61 .* X 0\.\.89, Y 0\.\.60"),
+    (["attention", "dnl.pt", "photo.png", "--pixel", "7"], r"--pixel: got '7', expected X,Y"),
+    (["attention", "dnl.pt", "no.jpg"], r"no\.jpg: cannot be read"),
+    (["region", "dnl.pt", "--class", "cow"], r"--class cow: expected one of sky, ground"),
+    (["compare", "dnl.pt", "--names", "a", "b"], r"got 2 names for 1 paths"),
+    (["compare", "dnl.pt", "--images", "64"], r"--images 64: expected numbers in 0\.\.63"),
+    (["curves", "."], r"log\.jsonl: not the log of a run \(No such file"),
+    (["curves", "photo.png"], r"photo\.png: not the log of a run"),
+    (["curves", "empty.jsonl"], r"empty\.jsonl: not the log of a run \(no epoch in it\)"),
+    (["attention", "dnl.pt", "photo.png", "--pixel", "0,0", "--out", "a.nothing"], r"--out a\.nothing: cannot be written"),
+    (["curves", "x", "--width", "20"], r"--width 20: expected 200 or more")])
+def test_wrong_input_is_one_clear_line(made, monkeypatch, argv, message):
+    monkeypatch.chdir(made)
+    (made / "empty.jsonl").write_text('{"settings": {}}\n')
+    with pytest.raises(data.InputError, match=message) as error:
+        figures.main(argv)
+    assert "\n" not in str(error.value)
