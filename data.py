@@ -73,11 +73,12 @@ class Settings:
     epochs: int
     backbone: str
     channels: int = 512
+    scale: tuple[float, float] = (0.5, 2.0)
     relative: bool = False
 
 
 SETTINGS = {  # cityscapes and ade20k: the paper's, section IV
-    "synthetic": Settings(1e-2, 1e-4, 128, 8, 10, "resnet18", channels=128),
+    "synthetic": Settings(3e-2, 5e-4, 128, 8, 4, "resnet18", 128, (0.8, 1.25)),
     "cityscapes": Settings(1e-2, 5e-4, 768, 8, 240, "resnet101"),
     "ade20k": Settings(2e-2, 1e-4, 608, 16, 240, "resnet101", relative=True),
     "folder": Settings(1e-2, 5e-4, 512, 8, 100, "resnet50"),
@@ -396,7 +397,7 @@ def _load(path: Path, label: bool) -> Image.Image:
                         "it into tiles") from e
     except Exception as e:  # decoders of broken files raise nearly anything; each means that this file is not usable
         raise InputError(f"{show(path)}: cannot be read ({getattr(e, 'strerror', None) or type(e).__name__}); expected "
-                        f"a whole {', '.join(FORMATS)} image: copy it again, or remove the pair") from e
+                        f"a whole {', '.join(FORMATS)} image: copy it again, or remove it") from e
 
 
 def _id_table(name: str, classes: int) -> np.ndarray:

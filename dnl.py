@@ -9,10 +9,9 @@ it needs torch and nothing else, and does nothing on import.
 Symbols, channel-first, N = H*W: Q, K (B, C', N), V (B, C, N), P (B, n, N); a map A is (B, N, N), its row j the
 receiving pixel; S_l is (B, k*k, N). `size` is always (H, W).
 
-Two routes give the same F'. The map route (`denoised_maps`) makes A, A', A'' as Section III tells it, with F.unfold;
-it defines what is right, and draws pictures of chosen pixels. The value route (`denoised_attention`) is what networks run. LR is
-linear in A' and its window slides over the keys, so it can act on the values instead: A''V = A'V~. A row of A' is
-complete when its query is, so queries go in chunks and no N x N map is ever kept, forward or backward.
+The map route (`denoised_maps`) makes A, A', A'' as Section III tells it, with F.unfold; it defines what is right and draws
+pictures of chosen pixels. Networks run the value route (`denoised_attention`): LR is linear in A' and its window slides over
+the keys, so it can act on the values instead, A''V = A'V~, and queries can go in chunks: exact, and no N x N map is kept.
 """
 from __future__ import annotations
 
@@ -112,11 +111,12 @@ def denoised_attention(q: Tensor, k: Tensor, v: Tensor, p: Tensor | None, size: 
 
 
 def default_chunk(batch: int, n: int, device: str) -> int:
-    """Query pixels at a time so that one (B, chunk, N) fp32 map is 4 MiB on a CPU, to stay in its cache, else 256 MiB."""
+    """Query pixels at a time so that one (B, chunk, N) fp32 map is 4 MiB on a CPU, to stay in its cache, else 256 MiB; but
+    128 or more, for matrix products worth the name: memory stays linear in N."""
     if torch.compiler.is_compiling() and not isinstance(n, int):
         return 0  # a loop over an unknown size cannot be exported: one chunk of all
     elements = 2**20 if device == "cpu" else 2**26
-    return max(1, min(n, elements // max(1, batch * n)))
+    return min(max(n, 1), max(128, elements // max(1, batch * n)))
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -173,8 +173,9 @@ class _RectifiedAttention(torch.autograd.Function):
         out = v.new_empty(B, N, C)
         q, k, p, values = _operands(q, k, v, p)
         with no_autocast(q):
+            maps = _buffers(q, p, chunk)
             for rows in _chunks(N, chunk):
-                a, gate = _chunk_maps(q, k, p, rows)
+                a, gate = _chunk_maps(q, k, p, rows, maps)
                 if gate is not None:
                     a *= gate
                 out[:, rows] = torch.bmm(a.to(values.dtype), values.transpose(1, 2))
@@ -188,8 +189,9 @@ class _RectifiedAttention(torch.autograd.Function):
         gq, gk, gp, gv = (None if x is None else torch.zeros_like(x, dtype=q.dtype) for x in (q, k, p, v))
         grad = grad.to(v.dtype)
         with no_autocast(q):
+            maps = _buffers(q, p, ctx.chunk)
             for rows in _chunks(v.shape[2], ctx.chunk):
-                a, gate = _chunk_maps(q, k, p, rows)
+                a, gate = _chunk_maps(q, k, p, rows, maps)
                 rectified = a if gate is None else a * gate
                 gv += torch.bmm(grad[:, :, rows], rectified.to(v.dtype))
                 g = torch.bmm(grad[:, :, rows].transpose(1, 2), v).to(a.dtype)  # dL/dA', (B, c, N)
@@ -216,10 +218,22 @@ def _operands(q, k, v, p):
     return at_least_fp32(q), at_least_fp32(k), None if p is None else at_least_fp32(p), values
 
 
-def _chunk_maps(q, k, p, rows):
-    """The chunk's rows of A and of P_class (None without GR), (B, c, N)."""
-    a = torch.bmm(q[:, :, rows].transpose(1, 2), k).softmax(-1)
-    return a, None if p is None else torch.bmm(p[:, :, rows].transpose(1, 2), p).sigmoid_()
+def _buffers(q, p, chunk):
+    """Room for a chunk of A and of P_class, used by all chunks in turn: fresh pages for each cost a tenth of the time.
+    None for all queries at once: an exported program may be run with gradients, which written tensors do not have."""
+    B, _, N = q.shape
+    return [q.new_empty(B, min(chunk, N), N) if chunk and x is not None else None for x in (q, p)]
+
+
+def _chunk_maps(q, k, p, rows, maps):
+    """The chunk's rows of A and of P_class (None without GR), (B, c, N), written into `maps`."""
+    def product(x, y, out):
+        x = x[:, :, rows].transpose(1, 2)
+        return torch.bmm(x, y, out=None if out is None else out[:, :x.shape[1]])
+
+    a = product(q, k, maps[0])
+    a = torch.softmax(a, -1, out=None if maps[0] is None else a)
+    return a, None if p is None else product(p, p, maps[1]).sigmoid_()
 
 
 # -------------------------------------------------------------------------------------------------- the block
@@ -269,46 +283,44 @@ def conv3x3(inputs: int, outputs: int, stride: int = 1, dilation: int = 1) -> nn
     return nn.Conv2d(inputs, outputs, 3, stride, padding=dilation, dilation=dilation, bias=False)
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut (ResNet-18 and 34; the paper's Reduction)."""
+def conv_bn_relu(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    """3x3 convolution, BatchNorm, ReLU."""
+    return nn.Sequential(conv3x3(inputs, outputs, stride), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
 
-    expansion = 1
 
-    def __init__(self, inputs: int, width: int, stride: int = 1, dilation: int = 1, shortcut: nn.Module | None = None) -> None:
+class Block(nn.Module):
+    """A residual block: `convs` in turn, each with a BatchNorm, a ReLU between them, and a shortcut around them all."""
+
+    def __init__(self, convs: list[nn.Conv2d], shortcut: nn.Module | None) -> None:
         super().__init__()
-        self.conv1, self.bn1 = conv3x3(inputs, width, stride, dilation), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = conv3x3(width, width, 1, dilation), nn.BatchNorm2d(width)
-        self.downsample = shortcut
+        for i, conv in enumerate(convs, 1):
+            self.add_module(f"conv{i}", conv)
+            self.add_module(f"bn{i}", nn.BatchNorm2d(conv.out_channels))
+        self.depth, self.downsample = len(convs), shortcut
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        y = self.bn2(self.conv2(y))
+        for i in range(1, self.depth + 1):
+            y = x if i == 1 else F.relu(y, inplace=True)
+            y = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(y))
         return F.relu(y + (x if self.downsample is None else self.downsample(x)), inplace=True)
 
 
-class Bottleneck(nn.Module):
-    """1x1, 3x3 (with the stride and the dilation), 1x1 convolutions and a shortcut (ResNet-50 and 101)."""
-
-    expansion = 4
-
-    def __init__(self, inputs: int, width: int, stride: int = 1, dilation: int = 1, shortcut: nn.Module | None = None) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = conv3x3(width, width, stride, dilation), nn.BatchNorm2d(width)
-        self.conv3, self.bn3 = nn.Conv2d(width, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width)
-        self.downsample = shortcut
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        y = F.relu(self.bn2(self.conv2(y)), inplace=True)
-        y = self.bn3(self.conv3(y))
-        return F.relu(y + (x if self.downsample is None else self.downsample(x)), inplace=True)
+def basic_block(inputs: int, width: int, stride: int = 1, dilation: int = 1, shortcut: nn.Module | None = None) -> Block:
+    """Two 3x3 convolutions (ResNet-18 and 34; the paper's Reduction)."""
+    return Block([conv3x3(inputs, width, stride, dilation), conv3x3(width, width, 1, dilation)], shortcut)
 
 
-LAYOUTS = {"resnet18": (BasicBlock, (2, 2, 2, 2)), "resnet34": (BasicBlock, (3, 4, 6, 3)),
-           "resnet50": (Bottleneck, (3, 4, 6, 3)), "resnet101": (Bottleneck, (3, 4, 23, 3))}
-IMAGENET = {"resnet18": "resnet18-f37072fd", "resnet34": "resnet34-b627a593",
-            "resnet50": "resnet50-0676ba61", "resnet101": "resnet101-63fe2227"}
+def bottleneck(inputs: int, width: int, stride: int = 1, dilation: int = 1, shortcut: nn.Module | None = None) -> Block:
+    """1x1, 3x3 with the stride and the dilation, 1x1 to 4 * width (ResNet-50 and 101)."""
+    return Block([nn.Conv2d(inputs, width, 1, bias=False), conv3x3(width, width, stride, dilation),
+                  nn.Conv2d(width, 4 * width, 1, bias=False)], shortcut)
+
+
+LAYOUTS = {  # block, its expansion, blocks a layer, torchvision's ImageNet file
+    "resnet18": (basic_block, 1, (2, 2, 2, 2), "resnet18-f37072fd"),
+    "resnet34": (basic_block, 1, (3, 4, 6, 3), "resnet34-b627a593"),
+    "resnet50": (bottleneck, 4, (3, 4, 6, 3), "resnet50-0676ba61"),
+    "resnet101": (bottleneck, 4, (3, 4, 23, 3), "resnet101-63fe2227")}
 
 
 class ResNet(nn.Module):
@@ -323,47 +335,38 @@ class ResNet(nn.Module):
         super().__init__()
         if name not in LAYOUTS:
             raise ValueError(f"backbone {name!r}: expected one of {', '.join(LAYOUTS)}")
-        block, depths = LAYOUTS[name]
-        stem = 128 if deep_stem else 64
-        self.conv1 = self._deep_stem() if deep_stem else nn.Conv2d(3, stem, 7, 2, 3, bias=False)
-        self.bn1 = nn.BatchNorm2d(stem)
-        grid = [4, 8, 16] if multi_grid else [4]
-        plan = [(64, 1, [1]), (128, 2, [1]), (256, 1, [2]), (512, 1, grid)]  # width, stride, dilations in turn
-        for i, ((width, stride, dilations), depth) in enumerate(zip(plan, depths), 1):
-            inputs = stem if i == 1 else plan[i - 2][0] * block.expansion
-            setattr(self, f"layer{i}", self._layer(block, inputs, width, depth, stride, dilations))
-        self.channels = tuple(width * block.expansion for width in (128, 256, 512))
+        block, expansion, depths, _ = LAYOUTS[name]
+        inputs = 128 if deep_stem else 64
+        self.conv1 = nn.Sequential(*conv_bn_relu(3, 64, 2), *conv_bn_relu(64, 64), conv3x3(64, 128)) if deep_stem else (
+            nn.Conv2d(3, 64, 7, 2, 3, bias=False))
+        self.bn1 = nn.BatchNorm2d(inputs)
+        plan = ((64, 1, [1]), (128, 2, [1]), (256, 1, [2]), (512, 1, [4, 8, 16] if multi_grid else [4]))
+        for i, ((width, stride, grid), depth) in enumerate(zip(plan, depths), 1):
+            outputs = width * expansion
+            shortcut = None if stride == 1 and inputs == outputs else nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+            blocks = [block(inputs, width, stride, grid[0], shortcut)]
+            blocks += [block(outputs, width, 1, grid[b % len(grid)]) for b in range(1, depth)]
+            self.add_module(f"layer{i}", nn.Sequential(*blocks))
+            inputs = outputs
+        self.channels = tuple(width * expansion for width in (128, 256, 512))
         self.recompute = False
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-
-    @staticmethod
-    def _deep_stem() -> nn.Sequential:
-        return nn.Sequential(conv3x3(3, 64, 2), nn.BatchNorm2d(64), nn.ReLU(inplace=True),
-                             conv3x3(64, 64), nn.BatchNorm2d(64), nn.ReLU(inplace=True), conv3x3(64, 128))
-
-    @staticmethod
-    def _layer(block, inputs: int, width: int, depth: int, stride: int, dilations: list[int]) -> nn.Sequential:
-        outputs, shortcut = width * block.expansion, None
-        if stride != 1 or inputs != outputs:
-            shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-        blocks = [block(inputs, width, stride, dilations[0], shortcut)]
-        blocks += [block(outputs, width, 1, dilations[i % len(dilations)]) for i in range(1, depth)]
-        return nn.Sequential(*blocks)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = F.max_pool2d(F.relu(self.bn1(self.conv1(image)), inplace=True), 3, 2, 1)
         features = []
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in layer:
-                x = self._recomputed(block, x) if self.recompute and self.training else block(x)
+                x = _recomputed(block, x) if self.recompute and self.training else block(x)
             features.append(x)
         return features[1], features[2], features[3]
 
-    @staticmethod
-    def _recomputed(block: nn.Module, x: Tensor) -> Tensor:
-        return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _still_statistics(block)))
+
+def _recomputed(block: nn.Module, x: Tensor) -> Tensor:
+    return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _still_statistics(block)))
 
 
 @contextmanager
@@ -420,8 +423,7 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _head(inputs: int, width: int, num_classes: int, dropout: float) -> nn.Sequential:
-    return nn.Sequential(conv3x3(inputs, width), nn.BatchNorm2d(width), nn.ReLU(inplace=True), nn.Dropout2d(dropout),
-                         nn.Conv2d(width, num_classes, 1))
+    return nn.Sequential(*conv_bn_relu(inputs, width), nn.Dropout2d(dropout), nn.Conv2d(width, num_classes, 1))
 
 
 class Network(nn.Module):
@@ -433,12 +435,11 @@ class Network(nn.Module):
         self.config = config
         self.backbone = ResNet(c.backbone, deep_stem=c.deep_stem, multi_grid=c.multi_grid)
         res2, res3, X = self.backbone.channels
-        shortcut = nn.Sequential(conv3x3(C, C, 2), nn.BatchNorm2d(C), nn.ReLU(inplace=True))
-        self.reduce = nn.Sequential(conv3x3(X, C), nn.BatchNorm2d(C), nn.ReLU(inplace=True))
-        self.down = BasicBlock(C, C, 2, shortcut=shortcut)
+        shortcut = conv_bn_relu(C, C, 2)
+        self.reduce = conv_bn_relu(X, C)
+        self.down = basic_block(C, C, 2, shortcut=shortcut)
         self.context = context
-        self.refine = (nn.Sequential(conv3x3(C, C), nn.BatchNorm2d(C), nn.ReLU(inplace=True)) if c.refine
-                       else nn.Identity())
+        self.refine = conv_bn_relu(C, C) if c.refine else nn.Identity()
         self.pool = nn.Conv2d(X, C, 1) if c.global_context else None
         self.head = _head(X + C + (C if c.global_context else 0), C, n, c.dropout)
         self.aux2 = _head(res2, res2 // 8, n, c.dropout) if c.aux_conv else nn.Conv2d(res2, n, 1)
@@ -522,7 +523,7 @@ def load_backbone(backbone: ResNet, name: str, weights: str) -> None:
     if weights == "imagenet":
         if not isinstance(backbone.conv1, nn.Conv2d):
             raise ValueError("weights imagenet: those files have the plain stem; give a file in the layout of resnet101s")
-        url = f"https://download.pytorch.org/models/{IMAGENET[name]}.pth"
+        url = f"https://download.pytorch.org/models/{LAYOUTS[name][-1]}.pth"
         state = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True)
     else:
         state = torch.load(weights, map_location="cpu", weights_only=True)

@@ -106,14 +106,15 @@ def predict(net: nn.Module, image: Tensor, *, scales: Sequence[float] = (1.0,), 
     network must be in eval mode. An image is always computed alone, so its result does not depend on the others.
     """
     x, size = normalize(image[None]), tuple(image.shape[1:])
-    total: Tensor | float = 0.0
+    total = None
     for scale in scales:
         at = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
         scaled = x if at == size else dnl.resize(x, at)
         scaled = scaled.contiguous(memory_format=torch.channels_last)
         p = _sliding(net, scaled, crop, flip, amp) if crop else _views(net, scaled, flip, amp)
-        total = total + (p if at == size else dnl.resize(p, size))
-    return total[0] / len(scales)
+        p = p if at == size else dnl.resize(p, size)
+        total = p if total is None else total.add_(p)
+    return total[0].div_(len(scales))
 
 
 def evaluate(net: nn.Module, dataset: DataSet, *, device: torch.device, rank: int = 0, world: int = 1, workers: int = 0,

@@ -102,7 +102,7 @@ def parser() -> Parser:
     for name, kind, text in (("crop", int, "pixels"), ("batch", int, "images a step, over all ranks"), ("epochs", int, ""),
                              ("lr", float, ""), ("weight-decay", float, "")):
         g.add_argument(f"--{name}", type=kind, help=f"* {text}")
-    g.add_argument("--scale", type=float, nargs=2, default=[0.5, 2.0], metavar=("MIN", "MAX"), help="random scale")
+    g.add_argument("--scale", type=float, nargs=2, metavar=("MIN", "MAX"), help="* range of the random scale")
     g.add_argument("--accumulate", type=int, default=1, help="parts a rank's batch is computed in, to save memory")
     g.add_argument("--power", type=float, default=0.9, help="of the poly schedule")
     g.add_argument("--momentum", type=float, default=0.9)

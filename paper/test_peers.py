@@ -2,7 +2,9 @@
 
 A reference takes the module's parameters by name and one image (C, H, W); it shares nothing else with peers.py.
 """
+import dataclasses
 import math
+import socket
 from functools import partial
 
 import numpy as np
@@ -11,6 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import dnl
+import train
 from paper import peers
 
 FACTORIES = (peers.nl, peers.ccnet, peers.danet, peers.dranet, peers.ocnet, peers.ppm, peers.aspp)
@@ -312,3 +316,39 @@ def test_wrong_arguments():
         peers.ccnet(16, 19, recurrence=0)
     with pytest.raises(ValueError, match="got 4 channels, expected 8 or more"):
         peers.nl(4, 19)
+
+
+# ---- in the network, on one and on two ranks
+
+
+def train_each_peer(rank, world, port):
+    """A step of every peer in the network; every parameter has a gradient, and it is the same on both ranks."""
+    torch.set_num_threads(1)
+    if world > 1:
+        torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    for name in ("nl", "ccnet", "danet", "dranet", "ocnet", "ppm", "aspp"):
+        torch.manual_seed(0)
+        net = dnl.build(dataclasses.replace(dnl.PAPER, num_classes=3, backbone="resnet18", channels=16, context=name),
+                        getattr(peers, name)).train()
+        model = torch.nn.parallel.DistributedDataParallel(net) if world > 1 else net
+        torch.manual_seed(rank)
+        label = torch.randint(0, 3, (2, 48, 48)).byte()
+        train.losses(model(torch.randn(2, 3, 48, 48), full_size=False), label, float(label.numel() * world)).sum().backward()
+        total = torch.stack([p.grad.double().norm() for p in net.parameters()]).sum()
+        assert total.isfinite() and total > 0, name
+        if world > 1:
+            both = [torch.zeros_like(total) for _ in range(world)]
+            torch.distributed.all_gather(both, total)
+            assert both[0] == both[1], name
+        torch.optim.SGD(net.parameters(), 0.01).step()
+        assert all(p.isfinite().all() for p in net.parameters()), name
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_every_peer_trains_in_the_network(world):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.spawn(train_each_peer, (world, port), world)
