@@ -1397,10 +1397,11 @@ def test_a_run_leaves_its_four_files(run_folder):
         assert sheet.width > 900 and sheet.height > 600
 
 
-def test_evaluate_prints_the_figure_of_training_on_any_number_of_ranks(run_folder, street):
+def test_evaluate_prints_the_figure_of_training_on_any_number_of_ranks(run_folder, street, capsys):
     last = json.loads((run_folder / "log.jsonl").read_text().splitlines()[-1])
-    results = []
-    for n in (1, 2, 3):
+    assert evaluate.main([str(run_folder / "last.pt"), "--json", "--workers", "0"]) == 0
+    results = [json.loads(capsys.readouterr().out.splitlines()[-1])]
+    for n in (2, 3):
         done = torchrun(n, "evaluate.py", run_folder / "last.pt", "--json", "--workers", 1)
         assert done.returncode == 0, done.stderr
         results.append(json.loads(done.stdout.splitlines()[-1]))
@@ -1413,7 +1414,7 @@ def test_evaluate_prints_the_figure_of_training_on_any_number_of_ranks(run_folde
 
 def test_training_learns(street, tmp_path):
     """Colour alone separates these classes: a network that cannot learn them in 30 steps is broken."""
-    assert trained(tmp_path / "r", street, "--epochs", 10, "--lr", 0.05, "--eval-every", 10) == 0
+    assert trained(tmp_path / "r", street, "--epochs", 8, "--lr", 0.05, "--eval-every", 8) == 0
     lines = [json.loads(x) for x in (tmp_path / "r" / "log.jsonl").read_text().splitlines()[1:]]
     assert lines[-1]["loss"] < 0.75 * lines[0]["loss"] and lines[-1]["miou"] > 0.4 and lines[0]["miou"] is None
 
@@ -1436,24 +1437,16 @@ def test_stopped_and_resumed_is_the_uninterrupted_run(street, tmp_path, monkeypa
     assert (tmp_path / "whole" / "log.jsonl").read_text() == (tmp_path / "parts" / "log.jsonl").read_text()
 
 
-def test_another_number_of_ranks_goes_on_with_the_same_samples(street, tmp_path):
-    """One epoch on one rank, the next on two: the step, the log of the first epoch and the files of each step are kept."""
-    assert trained(tmp_path / "r", street, "--epochs", 2, "--save-every", 1) == 0
-    flags = [*TINY, "--root", street, "--out", tmp_path / "r"]
-    (tmp_path / "r" / "last.pt").unlink()  # go on from last.prev.pt, of step 5
-    done = torchrun(2, "train.py", *flags, "--save-every", 1)
-    assert done.returncode == 0, done.stderr
-    assert "at step 5 of 6" in done.stdout or "at step 6 of 6" in done.stdout
-    one = [i for s in range(6) for i in data.step_items(s, seed=0, n=12, batch=4)]
-    assert sorted(i for e, i in one if e == 1) == list(range(12))
-
-
-def test_two_ranks_train(street, tmp_path):
+def test_two_ranks_go_on_where_one_was(street, tmp_path, capsys):
+    """Stopped at step 5 on one rank, ended on two; the mIoU that two ranks logged is what one rank evaluates."""
+    assert trained(tmp_path / "r", street, "--save-every", 1) == 0
+    (tmp_path / "r" / "last.pt").unlink()  # last.prev.pt is of step 5
     done = torchrun(2, "train.py", *TINY, "--root", street, "--out", tmp_path / "r")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "at step 5 of 6" in done.stdout, done.stderr
     last = json.loads((tmp_path / "r" / "log.jsonl").read_text().splitlines()[-1])
-    status, out, err = script("evaluate.py", tmp_path / "r" / "last.pt", "--json")
-    assert status == 0 and json.loads(out.splitlines()[-1])["miou"] == last["miou"]
+    capsys.readouterr()
+    assert last["step"] == 6 and evaluate.main([str(tmp_path / "r" / "last.pt"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["miou"] == last["miou"]
 
 
 BAD = {  # flags: what the one line must hold
@@ -1569,7 +1562,7 @@ def test_full_disk_at_each_write(street, tmp_path, monkeypatch):
     """Whichever write of a checkpoint fails, a loadable checkpoint remains, and the run goes on and ends the same."""
     assert trained(tmp_path / "whole", street) == 0
     fsync, failures = os.fsync, 0
-    for nth in range(1, 9):
+    for nth in (1, 2, 3, 7):  # best.pt, last.pt, log.jsonl; val.png
         out, count = tmp_path / f"r{nth}", 0
 
         def full(fd):
@@ -1588,7 +1581,7 @@ def test_full_disk_at_each_write(street, tmp_path, monkeypatch):
             assert same_state(tmp_path / "whole" / "last.pt", out / "last.pt")
         elif (out / "last.pt").exists():
             evaluate.read_checkpoint(out / "last.pt")
-    assert failures >= 6
+    assert failures >= 3
 
 
 def test_beyond_the_paper(street, tmp_path):
@@ -1617,6 +1610,44 @@ def test_ema_is_the_average():
         train.follow(mean, net, 0.75)
         expected = 0.75 * expected + 0.25 * net.weight.detach()
     assert torch.allclose(mean.weight, expected)
+
+
+@pytest.mark.parametrize("name, split", [("cityscapes", "trainval"), ("ade20k", "train")])
+def test_trees_named_as_the_real_ones_train_and_score(name, split, request, tmp_path, capsys):
+    root = request.getfixturevalue(name)
+    flags = ["--data", name, "--root", str(root), "--split", split, "--backbone", "resnet18", "--channels", "8", "--crop", "64",
+             "--batch", "1", "--epochs", "1", "--workers", "0", "--out", str(tmp_path / "r")]
+    assert train.main(flags) == 0
+    checkpoint = str(tmp_path / "r" / "last.pt")
+    assert evaluate.main([checkpoint, "--split", "train", "--workers", "0"]) == 0
+    if name == "cityscapes":
+        with pytest.raises(InputError, match="no ground truth"):
+            evaluate.main([checkpoint, "--split", "test"])
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_is_the_uninterrupted_run(street, tmp_path):
+    """SIGKILL at random moments, the same command again each time: the weights, optimizer and log of the run left alone."""
+    flags = [*TINY, "--root", street, "--epochs", 9, "--save-every", 1]
+    assert train.main([*map(str, flags), "--out", str(tmp_path / "whole")]) == 0
+    command = [sys.executable, str(HERE / "train.py"), *map(str, flags), "--out", str(tmp_path / "killed")]
+    rng, kills, steps = random.Random(0), 0, []
+    for _ in range(60):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        first = process.stdout.readline()  # training has begun, or goes on
+        steps.append(first)
+        try:
+            process.wait(rng.uniform(0.0, 0.9) if kills < 20 else 120)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            kills += 1
+        process.stdout.close()
+        if process.wait() == 0:
+            break
+    assert kills >= 20 or len(steps) > 1
+    assert process.returncode == 0 and kills == 20, (kills, steps)
+    assert same_state(tmp_path / "whole" / "last.pt", tmp_path / "killed" / "last.pt")
+    assert (tmp_path / "whole" / "log.jsonl").read_text() == (tmp_path / "killed" / "log.jsonl").read_text()
 
 
 def test_tensorboard_is_imported_only_when_asked(street, tmp_path, monkeypatch):

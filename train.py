@@ -137,7 +137,7 @@ def parse(argv: Sequence[str] | None, world: int) -> argparse.Namespace:
     long = args.epochs is None and args.data == "cityscapes" and args.split == "trainval"
     for name, value in asdict(SETTINGS[args.data]).items():
         if getattr(args, name, value) is None:
-            setattr(args, name, value)
+            setattr(args, name, list(value) if isinstance(value, tuple) else value)
     args.epochs *= 2 if long else 1  # 480 epochs for the test set (Section IV-A)
     args.out = Path(args.out or f"runs/{args.data}")
     for name in ("crop", "batch", "accumulate", "epochs", "channels", "log_every", "eval_every"):
@@ -447,7 +447,7 @@ def restore(run: Run) -> None:
         return
     path, state = found
     try:
-        was, now = state["settings"], json.loads(json.dumps(run.settings))
+        was, now = state["settings"], run.settings
         differ = [f"{k} {was.get(k)} -> {now.get(k)}" for k in sorted({*was, *now}) if was.get(k) != now.get(k)]
         if differ:
             raise InputError(f"of other settings ({'; '.join(differ)}): repeat its flags to go on, or choose another --out")
