@@ -296,6 +296,7 @@ def sheet(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], classes:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments. InputError for values out of range."""
     p = Parser(description="mIoU of a checkpoint", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("checkpoint")
     p.add_argument("--data", help="data set (default: the checkpoint's)")
@@ -324,6 +325,7 @@ def open_like(checkpoint: dict[str, Any], data: str | None, root: str | None, sp
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate, and print the table from rank 0. Returns the exit status."""
     args = parse(argv)
     with distributed() as (rank, world, device):
         net, checkpoint = load_network(args.checkpoint, device, args.context)

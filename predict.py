@@ -229,6 +229,7 @@ class _Images:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments. InputError for values out of range."""
     p = Parser(description="Masks and pictures of images", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("checkpoint")
     p.add_argument("images", nargs="+", metavar="IMAGE|FOLDER")
@@ -335,6 +336,7 @@ def work(found: list[tuple[Path, str]], net: nn.Module, checkpoint: dict[str, An
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Predict every image. Exit status 1 where one of them failed."""
     args = parse(argv)
     found, others = find_images(args.images, args.out)
     found = server_names(found) if args.format == "cityscapes" else found

@@ -1474,6 +1474,12 @@ def test_what_cannot_be_trained_is_one_line(street, tmp_path, flags):
     assert BAD[flags] in str(e.value) and "\n" not in str(e.value)
 
 
+def test_notes_where_the_papers_recipe_is_left():
+    told = train.notes(train.parse(["--data", "cityscapes", "--batch", "4"], 1))
+    assert len(told) == 2 and "8" in told[0] and "imagenet" in told[1]
+    assert not train.notes(train.parse(["--data", "ade20k", "--weights", "imagenet"], 1))
+
+
 def test_exit_status_and_one_line(street, tmp_path):
     for args in (("train.py", "--data", "folder", "--root", tmp_path / "none"), ("train.py", "--crop", "x"),
                  ("evaluate.py", tmp_path / "none.pt")):

@@ -151,6 +151,16 @@ def parse(argv: Sequence[str] | None, world: int) -> argparse.Namespace:
     return args
 
 
+def notes(args: argparse.Namespace) -> list[str]:
+    """What of the paper's recipe these arguments leave, where it is known to move the score."""
+    paper = SETTINGS[args.data]
+    if args.data not in ("cityscapes", "ade20k"):
+        return []
+    return [text for text, told in (
+        (f"the paper's total batch is {paper.batch}, this one {args.batch}", args.batch != paper.batch),
+        ("the paper starts from ImageNet weights: --weights imagenet", args.weights == "none")) if told]
+
+
 def configuration(args: argparse.Namespace, num_classes: int) -> dnl.Config:
     """The network that the arguments ask for."""
     preset = {"paper": dnl.PAPER, "released": dnl.RELEASED}[args.preset]
@@ -614,12 +624,14 @@ def choose_kernels(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Train, from the start or from where the run was. Returns the exit status, 128 + the signal that stopped it."""
     with distributed() as (rank, world, device):
         args = parse(argv, world)
         choose_kernels(args)
         run = setup(args, rank, world, device)
         if rank == 0:
             args.out.mkdir(parents=True, exist_ok=True)
+            sys.stderr.writelines(f"note: {text}\n" for text in notes(args))
         restore(run)
         stopped = train(run)
         if stopped:

@@ -344,6 +344,7 @@ def pixel_of(text: str) -> tuple[int, int]:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments of the four figures."""
     main = Parser(description="The paper's figures", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     figures = main.add_subparsers(dest="figure", required=True)
     a = figures.add_parser("attention", help="A, A', A'' and P_class of chosen pixels")
@@ -375,6 +376,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Draw one figure."""
     args = parse(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.figure == "curves":

@@ -113,6 +113,7 @@ def as_plain(means: Tensor, counts: Tensor, classes: Sequence[str]) -> dict[str,
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments. InputError for values out of range."""
     p = Parser(description="Attention noise of a checkpoint", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("checkpoint")
     p.add_argument("--data", help="data set (default: the checkpoint's)")
@@ -130,6 +131,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Measure a checkpoint and print its table from rank 0."""
     args = parse(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net, checkpoint = load_network(args.checkpoint, device, args.context)

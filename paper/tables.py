@@ -344,6 +344,7 @@ def run_table(table: str, out: Path, seeds: Sequence[int], jobs: int, flags: Seq
 
 
 def parser() -> Parser:
+    """The flags of the three tables."""
     p = Parser(prog="paper.tables", description="The paper's Tables II to V")
     tables = p.add_subparsers(dest="table", required=True)
     t = tables.add_parser("complexity", help="Table V", allow_abbrev=False)
@@ -358,6 +359,7 @@ def parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Print a table, after the runs that it needs. Returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     split = argv.index("--") if "--" in argv else len(argv)
     args, flags = parser().parse_known_args(argv[:split])
