@@ -131,7 +131,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure a checkpoint and print its table from rank 0."""
+    """Measure a checkpoint and print its table."""
     args = parse(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net, checkpoint = load_network(args.checkpoint, device, args.context)
