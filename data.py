@@ -205,7 +205,7 @@ def _with_cache(dataset: DataSet, folder: Path) -> DataSet:
         folder.mkdir(parents=True, exist_ok=True)
         with open(f"{base}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not os.path.exists(f"{base}.json"):
+            if not (os.path.exists(f"{base}.json") and os.path.exists(f"{base}.bin")):
                 _write_cache(dataset, base)
         places = tuple(map(tuple, json.loads(Path(f"{base}.json").read_text())))
     except OSError as e:
@@ -498,15 +498,16 @@ def color_jitter(images: Tensor, factors: Tensor) -> Tensor:
     """Images (B, 3, H, W), 0..255, any type and device, with factors (B, 4) of draw_jitter -> float32, 0..255.
     In this order: times brightness; contrast about the image's mean grey; saturation about the pixel's grey; hue
     turned about the grey axis (in YIQ). All are affine in RGB: one 3x3 matrix and one offset for each image."""
-    images = images.float()
-    brightness, contrast, saturation, hue = factors.to(images).view(-1, 4, 1, 1).unbind(1)  # (B, 1, 1) each
-    to_yiq = images.new_tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+    images, device, factors = images.float(), images.device, factors.float().cpu()  # small matrices: no GPU is waited for
+    brightness, contrast, saturation, hue = factors.view(-1, 4, 1, 1).unbind(1)  # (B, 1, 1) each
+    to_yiq = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
     cos, sin = saturation * (2 * math.pi * hue).cos(), saturation * (2 * math.pi * hue).sin()
     one, zero = torch.ones_like(hue), torch.zeros_like(hue)
     turn = torch.cat([one, zero, zero, zero, cos, -sin, zero, sin, cos], 1).view(-1, 3, 3)  # Y stays
     matrix = torch.linalg.inv(to_yiq) @ turn @ to_yiq * (brightness * contrast)  # (B, 3, 3)
-    grey = (images.mean((2, 3)) * to_yiq[0]).sum(1).view(-1, 1, 1)  # a grey offset: saturation and hue leave it
-    return (matrix @ images.flatten(2) + (1 - contrast) * brightness * grey).clamp(0, 255).view_as(images)
+    offset = ((1 - contrast) * brightness * to_yiq[0]).to(device, non_blocking=True)  # (B, 1, 3), of the mean colour
+    grey = (images.mean((2, 3))[:, None] * offset).sum(2, keepdim=True)  # saturation and hue leave it grey
+    return (matrix.to(device, non_blocking=True) @ images.flatten(2) + grey).clamp(0, 255).view_as(images)
 
 
 def normalize(images: Tensor) -> Tensor:

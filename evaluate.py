@@ -130,10 +130,11 @@ def evaluate(net: nn.Module, dataset: DataSet, *, device: torch.device, rank: in
     net.eval()
     n, matrix = len(dataset.classes), 0
     matrix = torch.zeros(n, n, dtype=torch.int64, device=device)
-    for index, image, label in eval_images(dataset, rank, world, workers):
-        probabilities = predict(net, image.to(device, non_blocking=True), **options)
-        matrix += confusion(probabilities.argmax(0), label.to(device, non_blocking=True), n)
-        progress(index + 1, len(dataset))
+    with torch.backends.cudnn.flags(benchmark=False, deterministic=True):  # the same kernels whoever calls, on any rank
+        for index, image, label in eval_images(dataset, rank, world, workers):
+            probabilities = predict(net, image.to(device, non_blocking=True), **options)
+            matrix += confusion(probabilities.argmax(0), label.to(device, non_blocking=True), n)
+            progress(index + 1, len(dataset))
     matrix = matrix.cpu()
     if world > 1:
         dist.all_reduce(matrix)

@@ -143,7 +143,15 @@ def parse(argv: Sequence[str] | None, world: int) -> argparse.Namespace:
     for name in ("crop", "batch", "accumulate", "epochs", "channels", "log_every", "eval_every"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 1 or more")
-    if not 0 < args.scale[0] <= args.scale[1]:
+    for name in ("lr", "weight_decay", "power", "momentum", "aux_weight", "coarse_weight", "seed", "clip", "warmup", "backbone_lr",
+                 "workers", "skip_nonfinite", "save_every"):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 0 or more")
+    if not 0 <= args.ema < 1:
+        raise InputError(f"--ema {args.ema}: expected 0 (off) or a decay below 1, such as 0.999")
+    if args.compile and args.recompute:
+        raise InputError("--compile and --recompute: torch.compile cannot follow the second forward: leave one out")
+    if not 0 < args.scale[0] <= args.scale[1] < math.inf:
         raise InputError(f"--scale {args.scale[0]} {args.scale[1]}: expected 0 < MIN <= MAX")
     if args.batch % (world * args.accumulate):
         raise InputError(f"--batch {args.batch} is the total over all ranks, and {world} ranks in {args.accumulate} parts do not "
@@ -185,8 +193,9 @@ def check_batch(config: dnl.Config, args: argparse.Namespace, together: int) -> 
 def read_weights(path: str, n: int) -> Tensor:
     """The class weights (n,) that `data.py check --json` printed into a file."""
     try:
-        weights = torch.tensor(json.loads(Path(path).read_text())["weights"], dtype=torch.float32)
-    except (OSError, ValueError, KeyError, TypeError) as e:
+        splits = json.loads(Path(path).read_text())["splits"]
+        weights = torch.tensor(splits.get("train", next(iter(splits.values())))["weights"], dtype=torch.float32)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as e:
         raise InputError(f"{path}: no class weights ({e}): expected what `data.py check --json` prints") from None
     if weights.shape != (n,) or not (weights > 0).all():
         raise InputError(f"{path}: {tuple(weights.shape)} class weights; expected {n}, above 0: run data.py check on this data set")
@@ -246,10 +255,10 @@ def setup(args: argparse.Namespace, rank: int, world: int, device: torch.device)
         check_batch(config, args, args.batch // args.accumulate // (1 if sync else world))
         torch.manual_seed(args.seed)
         net = dnl.build(config, find_factory(config.context))
-        if args.weights != "none" and rank == 0:  # DDP hands rank 0's to the others
-            dnl.load_backbone(net.backbone, args.backbone, args.weights)
-    except (ValueError, OSError) as e:
+    except ValueError as e:
         raise e if isinstance(e, InputError) else InputError(str(e)) from None
+    if args.weights != "none" and rank == 0:  # DDP hands rank 0's to the others
+        read_backbone(net, args)
     net = nn.SyncBatchNorm.convert_sync_batchnorm(net) if sync else net
     net.backbone.recompute = args.recompute
     net.to(device, memory_format=torch.channels_last)
@@ -259,12 +268,20 @@ def setup(args: argparse.Namespace, rank: int, world: int, device: torch.device)
     backbone = list(net.backbone.parameters())
     others = [p for name, p in net.named_parameters() if not name.startswith("backbone.")]
     optimizer = torch.optim.SGD([{"params": backbone, "factor": args.backbone_lr}, {"params": others, "factor": 1.0}],
-                                args.lr, args.momentum, weight_decay=args.weight_decay, fused=device.type == "cuda")
+                                args.lr, args.momentum, weight_decay=args.weight_decay, fused=device.type == "cuda" and args.amp != "fp16")  # a skipped first step leaves fused momentum unset
     weights = [1.0, args.aux_weight, args.aux_weight] + [args.coarse_weight] * config.p_supervised
     return Run(args, data, val, net, model, optimizer, torch.amp.GradScaler(device.type, enabled=args.amp == "fp16"), rank, world,
                device, torch.tensor(weights, device=device), ema=deepcopy(net) if args.ema else None,
                class_weights=read_weights(args.class_weights, len(data.classes)).to(device) if args.class_weights else None,
                sums=torch.zeros(len(weights), dtype=torch.float64, device=device))
+
+
+def read_backbone(net: dnl.Network, args: argparse.Namespace) -> None:
+    """Fill the backbone from --weights. InputError where the file is missing, broken or of another network."""
+    try:
+        dnl.load_backbone(net.backbone, args.backbone, args.weights)
+    except Exception as e:  # a broken file or download fails in any of the layers that read it
+        raise InputError(f"--weights {args.weights}: {e}".splitlines()[0]) from None
 
 
 def set_mode(net: dnl.Network, freeze_bn: bool) -> dnl.Network:
@@ -303,9 +320,10 @@ def part_losses(run: Run, x: Tensor, y: Tensor, labelled: float) -> Tensor:
         outputs = run.model(x.contiguous(memory_format=torch.channels_last), full_size=False)
     if not run.args.ohem:
         return losses(outputs, y, labelled, run.class_weights)
+    with torch.no_grad():
+        hard = hardest(pixel_losses(outputs[0], y))  # by probability, whatever the class weighs
     pixels = pixel_losses(outputs[0], y, run.class_weights)
-    hard = hardest(pixels.detach())
-    kept = hard.sum().float()
+    kept = (hard if run.class_weights is None else F.pad(run.class_weights, (0, 256 - len(run.class_weights)))[y.long()] * hard).sum().float()
     if run.world > 1:
         dist.all_reduce(kept)
     head = (pixels * hard).sum() / kept.clamp(min=1) / run.args.accumulate
@@ -321,15 +339,14 @@ def train_step(run: Run, batch: Sequence[Tensor], labelled: float) -> Tensor:
         group["lr"] = args.lr * group["factor"] * rate(run.step, run.total, args.power, args.warmup)
     before = [b.clone() for b in run.net.buffers()] if args.skip_nonfinite else []
     share = torch.zeros_like(run.sums)
-    parts = zip(*(t.to(run.device, non_blocking=True).chunk(args.accumulate) for t in batch))
+    images, labels, factors = batch
+    parts = zip(*(t.chunk(args.accumulate) for t in (images.to(run.device, non_blocking=True),
+                                                     labels.to(run.device, non_blocking=True), factors)))
     for i, (x, y, factors) in enumerate(parts, 1):
         with nullcontext() if i == args.accumulate or run.world == 1 else run.model.no_sync():
             part = part_losses(run, normalize(color_jitter(x, factors)), y, labelled)
             run.scaler.scale((part * run.weights).sum() * run.world).backward()  # DDP averages over ranks
         share += part.detach()
-    if args.clip:
-        run.scaler.unscale_(run.optimizer)
-        nn.utils.clip_grad_norm_(run.net.parameters(), args.clip)
     if args.skip_nonfinite and over_ranks(run, [not share.isfinite().all()])[0]:
         run.skipped += 1
         if run.skipped > args.skip_nonfinite:
@@ -338,6 +355,9 @@ def train_step(run: Run, batch: Sequence[Tensor], labelled: float) -> Tensor:
         for b, old in zip(run.net.buffers(), before):  # BatchNorm has counted the bad batch
             b.copy_(old)
         return torch.zeros_like(share)
+    if args.clip:
+        run.scaler.unscale_(run.optimizer)
+        nn.utils.clip_grad_norm_(run.net.parameters(), args.clip)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad()
@@ -364,10 +384,12 @@ def nonfinite(run: Run, step: int) -> InputError:
 def check_finite(run: Run) -> None:
     """Look at the losses since the last look (this waits for the device). InputError where one is not finite."""
     steps, run.recent = run.recent, []
-    if steps:
-        bad = (~torch.stack([share for _, share in steps]).isfinite().all(1)).nonzero().flatten().tolist()
-        if bad:
-            raise nonfinite(run, steps[bad[0]][0])
+    bad = (~torch.stack([share for _, share in steps]).isfinite().all(1)).nonzero().flatten().tolist() if steps else []
+    elsewhere = over_ranks(run, [bool(bad)])[0]
+    if bad:
+        raise nonfinite(run, steps[bad[0]][0])
+    if elsewhere:
+        raise InputError(f"rank {run.rank}: stopped, since the loss of another rank is not finite")
 
 
 def validate(run: Run, net: nn.Module) -> dict[str, Any]:
@@ -385,7 +407,7 @@ def validate(run: Run, net: nn.Module) -> dict[str, Any]:
 
 def state_of(run: Run, net: dnl.Network) -> dict[str, Any]:
     """The checkpoint: one dict of tensors and plain values, readable with weights_only. Call on all ranks: it sums over them."""
-    sums = run.sums.cpu()
+    sums = run.sums.cpu().clone()
     if run.world > 1:
         dist.all_reduce(sums)
     return {"version": VERSION, "model": net.state_dict(), "optimizer": run.optimizer.state_dict(),
@@ -471,7 +493,10 @@ def restore(run: Run) -> None:
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as e:
         raise InputError(f"{path}: {e if isinstance(e, InputError) else f'{type(e).__name__} {e}'}") from None
     if run.rank == 0:
-        write_log(run)
+        try:
+            write_log(run)
+        except OSError as e:
+            print(f"warning: log.jsonl not written ({e})", file=sys.stderr)
         print(f"resumed {path} at step {run.step} of {run.total}")
 
 
@@ -559,7 +584,7 @@ def train(run: Run) -> int:
                             pin=run.device.type == "cuda")
     set_mode(run.net, args.freeze_bn)
     start, first = time.monotonic(), run.step
-    with stop_signals() as caught, closing(batches):
+    with stop_signals() as caught, closing(batches), closing(board) if board is not None else nullcontext():
         for batch in batches:
             due = run.step % args.log_every == 0
             labelled, stop, again = over_ranks(run, [count_labelled(run, batch[1]), len(caught), run.unsaved and due])
@@ -615,6 +640,14 @@ def finish(run: Run) -> int:
     return int(run.unsaved)
 
 
+def make_folder(path: Path) -> None:
+    """The run's folder, or InputError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"--out {path}: {e.strerror}: choose another") from None
+
+
 def choose_kernels(args: argparse.Namespace) -> None:
     """For this process: the fastest convolutions of the GPU, or the repeatable ones with --deterministic."""
     torch.backends.cudnn.benchmark = not args.deterministic
@@ -630,9 +663,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         choose_kernels(args)
         run = setup(args, rank, world, device)
         if rank == 0:
-            args.out.mkdir(parents=True, exist_ok=True)
+            make_folder(args.out)
             sys.stderr.writelines(f"note: {text}\n" for text in notes(args))
         restore(run)
+        if over_ranks(run, [run.step])[0] != run.step * world:
+            raise InputError(f"{args.out}: the ranks found different checkpoints: name an --out that all nodes see")
         stopped = train(run)
         if stopped:
             print(f"rank {rank}: stopped by {signal.Signals(stopped).name} at step {run.step}, saved: the same command goes on",
