@@ -1459,6 +1459,7 @@ def test_evaluate_prints_the_figure_of_training_on_any_number_of_ranks(run_folde
     assert results[0]["images"] == 5
 
 
+@pytest.mark.slow
 def test_training_learns(street, tmp_path):
     """Colour alone separates these classes: a network that cannot learn them in 30 steps is broken."""
     assert trained(tmp_path / "r", street, "--epochs", 10, "--lr", 0.05, "--eval-every", 10) == 0
@@ -1466,7 +1467,8 @@ def test_training_learns(street, tmp_path):
     assert lines[-1]["loss"] < 0.75 * lines[0]["loss"] and lines[-1]["miou"] > 0.4 and lines[0]["miou"] is None
 
 
-@pytest.mark.parametrize("flags", [[], ["--preset", "released", "--workers", "2", "--ema", "0.9"]])
+@pytest.mark.parametrize("flags", [
+    [], pytest.param(["--preset", "released", "--workers", "2", "--ema", "0.9"], marks=pytest.mark.slow)])
 def test_stopped_and_resumed_is_the_uninterrupted_run(street, tmp_path, monkeypatch, flags):
     """Stopped by a signal within an epoch (twice), resumed by the same command; the released preset has dropout."""
     assert trained(tmp_path / "whole", street, *flags) == 0
@@ -1669,6 +1671,7 @@ def test_ema_is_the_average():
     assert torch.allclose(mean.weight, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, split", [("cityscapes", "trainval"), ("ade20k", "train")])
 def test_trees_named_as_the_real_ones_train_and_score(name, split, request, tmp_path, capsys):
     root = request.getfixturevalue(name)

@@ -346,7 +346,7 @@ def train_each_peer(rank, world, port):
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_every_peer_trains_in_the_network(world):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

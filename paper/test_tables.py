@@ -238,7 +238,8 @@ def test_stopped_in_the_middle_it_goes_on(script, number):
             f"tables.run_table.__defaults__ = (Path({str(script)!r}),); sys.exit(tables.main())")
     flags = ("ablation", "--out", str(out), "--seeds", "0", "--jobs", "2", "--epochs", "3")
     process = subprocess.Popen([sys.executable, "-c", code, *flags], cwd=Path(tables.__file__).parents[1],
-                               stderr=subprocess.PIPE, text=True)
+                               stderr=subprocess.PIPE, text=True,  # a shell's background job would ignore Ctrl-C
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     try:
         wait_for(lambda: len(lines(out / "results.jsonl")) and lines(out / "lr-seed0" / "epochs"))
         (script.parent / "pace").write_text("30")  # the epoch after the present one
