@@ -78,7 +78,7 @@ class Settings:
 
 
 SETTINGS = {  # cityscapes and ade20k: the paper's, section IV
-    "synthetic": Settings(3e-2, 5e-4, 128, 8, 4, "resnet18", 128, (0.8, 1.25)),
+    "synthetic": Settings(3e-2, 5e-4, 112, 8, 4, "resnet18", 128, (0.8, 1.25)),
     "cityscapes": Settings(1e-2, 5e-4, 768, 8, 240, "resnet101"),
     "ade20k": Settings(2e-2, 1e-4, 608, 16, 240, "resnet101", relative=True),
     "folder": Settings(1e-2, 5e-4, 512, 8, 100, "resnet50"),
