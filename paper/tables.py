@@ -11,7 +11,6 @@ command again goes on where it was, and repeats nothing that is finished.
 """
 from __future__ import annotations
 
-import argparse
 import fcntl
 import json
 import os
