@@ -156,7 +156,11 @@ def distributed() -> Iterator[tuple[int, int, torch.device]]:
     if gpu:
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(minutes=10))
+        store = next(dist.rendezvous("env://"))[0]
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # one node, where the ranks' counts of restarts agree: after one, torchrun's
+            store = dist.PrefixStore(f"restart{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)  # store still has dead addresses
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", store=store, rank=rank, world_size=world,
+                                timeout=timedelta(minutes=10))
     try:
         yield rank, world, device
     finally:

@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -14,6 +15,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+import time
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
@@ -1229,6 +1231,12 @@ TINY = ["--data", "folder", "--backbone", "resnet18", "--channels", "16", "--cro
         "--workers", "0", "--log-every", "1", "--amp", "off"]
 
 
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch):
+    """What these tests kill is a process, never the power: fsync would be most of their time."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+
+
 @pytest.fixture(scope="module")
 def street(tmp_path_factory):
     """A folder data set of 3 classes: 12 training images of 40x56, 5 validation images of odd sizes, with ignored pixels."""
@@ -1486,10 +1494,18 @@ def test_stopped_and_resumed_is_the_uninterrupted_run(street, tmp_path, monkeypa
     assert (tmp_path / "whole" / "log.jsonl").read_text() == (tmp_path / "parts" / "log.jsonl").read_text()
 
 
-def test_two_ranks_go_on_where_one_was(street, tmp_path, capsys):
-    """Stopped at step 5 on one rank, ended on two; the mIoU that two ranks logged is what one rank evaluates."""
-    assert trained(tmp_path / "r", street, "--save-every", 1) == 0
-    (tmp_path / "r" / "last.pt").unlink()  # last.prev.pt is of step 5
+def test_two_ranks_go_on_where_one_was(street, tmp_path, capsys, monkeypatch):
+    """Dead after step 5 on one rank, ended on two; the mIoU that two ranks logged is what one rank evaluates."""
+    step = train.train_step
+
+    def dying(run, *rest):
+        if run.step == 5:
+            raise KeyboardInterrupt
+        return step(run, *rest)
+
+    monkeypatch.setattr(train, "train_step", dying)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "r", street, "--save-every", 1)
     done = torchrun(2, "train.py", *TINY, "--root", street, "--out", tmp_path / "r")
     assert done.returncode == 0 and "at step 5 of 6" in done.stdout, done.stderr
     last = json.loads((tmp_path / "r" / "log.jsonl").read_text().splitlines()[-1])
@@ -1517,6 +1533,7 @@ BAD = {  # flags: what the one line must hold
     "--seed -1": "0 or more",
     "--ema 1": "below 1",
     "--compile --recompute": "leave one out",
+    "--context nl --no-gr": "leave them out",
 }
 
 
@@ -1617,6 +1634,17 @@ def test_loss_that_is_not_finite(street, tmp_path, monkeypatch, skip, capsys):
     assert saved["skipped"] == (1 if skip else 0)
 
 
+def test_a_file_is_on_the_disk_before_it_replaces_another(tmp_path, monkeypatch):
+    (tmp_path / "x").write_bytes(b"old")
+    seen = []
+    monkeypatch.setattr(os, "fsync", lambda fd: seen.append(((tmp_path / "x.part").read_bytes(), (tmp_path / "x").read_bytes())))
+    evaluate.write(tmp_path / "x", lambda f: f.write(b"new"))
+    assert seen == [(b"new", b"old")] and (tmp_path / "x").read_bytes() == b"new"
+    with pytest.raises(ZeroDivisionError):
+        evaluate.write(tmp_path / "x", lambda f: f.write(b"half") / 0)
+    assert (tmp_path / "x").read_bytes() == b"new" and os.listdir(tmp_path) == ["x"]
+
+
 def test_full_disk_at_each_write(street, tmp_path, monkeypatch):
     """Whichever write of a checkpoint fails, a loadable checkpoint remains, and the run goes on and ends the same."""
     assert trained(tmp_path / "whole", street) == 0
@@ -1685,29 +1713,213 @@ def test_trees_named_as_the_real_ones_train_and_score(name, split, request, tmp_
             evaluate.main([checkpoint, "--split", "test"])
 
 
+def forked(*flags):
+    """The training of these flags in a process of its own, started at once: a copy of this one, computing on one thread."""
+    def work():
+        torch.set_num_threads(1)
+        sys.exit(train.main([*map(str, flags)]))
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    return process
+
+
+def whole(process):
+    process.join(200)
+    assert process.exitcode == 0
+
+
+def same_run(a, b):
+    """Whether two runs ended with the same bits and the same log."""
+    return same_state(a / "last.pt", b / "last.pt") and (a / "log.jsonl").read_text() == (b / "log.jsonl").read_text()
+
+
 @pytest.mark.slow
 def test_killed_twenty_times_is_the_uninterrupted_run(street, tmp_path):
     """SIGKILL at random moments, the same command again each time: the weights, optimizer and log of the run left alone."""
-    flags = [*TINY, "--root", street, "--epochs", 9, "--save-every", 1]
-    assert train.main([*map(str, flags), "--out", str(tmp_path / "whole")]) == 0
-    command = [sys.executable, str(HERE / "train.py"), *map(str, flags), "--out", str(tmp_path / "killed")]
-    rng, kills, steps = random.Random(0), 0, []
-    for _ in range(60):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        first = process.stdout.readline()  # training has begun, or goes on
-        steps.append(first)
-        try:
-            process.wait(rng.uniform(0.0, 0.9) if kills < 20 else 120)
-        except subprocess.TimeoutExpired:
+    flags = [*TINY, "--root", street, "--epochs", 9, "--save-every", 1, "--out"]
+    whole(forked(*flags, tmp_path / "whole"))
+    rng, kills = random.Random(0), 0
+    while kills < 20:
+        process = forked(*flags, tmp_path / "killed")
+        process.join(rng.uniform(0.2, 1.5))
+        assert process.exitcode is None or kills >= 10, "too quick to be killed often"
+        if process.exitcode is None:
             process.kill()
+            process.join()
             kills += 1
-        process.stdout.close()
-        if process.wait() == 0:
+        else:
+            shutil.move(tmp_path / "killed", tmp_path / f"ended{kills}")
+    whole(forked(*flags, tmp_path / "killed"))
+    assert all(same_run(tmp_path / "whole", ended) for ended in tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_two_ranks_stopped_and_killed_are_the_uninterrupted_two(street, tmp_path):
+    """SIGTERM to torchrun: both ranks save the same step. Then --max-restarts 3 and each time one rank killed."""
+    flags = [*TINY, "--root", street, "--epochs", 4, "--save-every", 1]
+    assert torchrun(2, "train.py", *flags, "--out", tmp_path / "whole").returncode == 0
+
+    def start():
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3",
+                   HERE / "train.py", *flags, "--out", tmp_path / "r"]
+        return subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+    process = start()
+    for line in process.stdout:
+        if "step 3/12" in line:
+            process.terminate()
             break
-    assert kills >= 20 or len(steps) > 1
-    assert process.returncode == 0 and kills == 20, (kills, steps)
-    assert same_state(tmp_path / "whole" / "last.pt", tmp_path / "killed" / "last.pt")
-    assert (tmp_path / "whole" / "log.jsonl").read_text() == (tmp_path / "killed" / "log.jsonl").read_text()
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode != 0 and {f"rank {r}: stopped by SIGTERM at step" in rest for r in (0, 1)} == {True}, rest
+    process, kills, steps, lines = start(), 0, 0, []
+    for line in process.stdout:
+        lines.append(line)
+        steps = 0 if line.startswith("resumed") else steps + ("images/s" in line)
+        if kills < 2 and steps == 3:
+            workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.kill(int(workers[kills % 2]), signal.SIGKILL)
+            kills, steps = kills + 1, 0
+    assert process.wait(60) == 0 and kills == 2 and sum(line.startswith("resumed") for line in lines) == 3, "".join(lines)
+    assert same_run(tmp_path / "whole", tmp_path / "r")
+
+
+def test_killed_while_validating_repeats_only_that(street, tmp_path, monkeypatch):
+    assert trained(tmp_path / "whole", street) == 0
+    evaluation, calls = train.evaluate, []
+
+    def dying(*args, **kwargs):
+        calls.append(args[0].training)
+        if len(calls) in (1, 3):
+            raise KeyboardInterrupt
+        return evaluation(*args, **kwargs)
+
+    monkeypatch.setattr(train, "evaluate", dying)
+    for step in (3, 6):
+        with pytest.raises(KeyboardInterrupt):
+            trained(tmp_path / "r", street)
+        saved = evaluate.read_checkpoint(tmp_path / "r" / "last.pt")
+        assert saved["step"] == step and len(saved["history"]) == step // 3 - 1
+    assert trained(tmp_path / "r", street) == 0 and len(calls) == 4
+    assert same_run(tmp_path / "whole", tmp_path / "r")
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_killed_between_the_two_renames(street, tmp_path, capsys, moved):
+    """new.pt is whole and last.pt the one before, still there or already last.prev.pt: the run goes on from new.pt."""
+    assert trained(tmp_path / "whole", street) == 0
+    out = tmp_path / "r"
+    shutil.copytree(tmp_path / "whole", out)
+    os.replace(out / "last.pt", out / "new.pt")
+    if not moved:
+        os.replace(out / "last.prev.pt", out / "last.pt")
+    capsys.readouterr()
+    assert trained(out, street) == 0 and "last.pt at step 6 of 6" in capsys.readouterr().out
+    assert same_run(tmp_path / "whole", out) and not (out / "new.pt").exists()
+
+
+def test_a_file_size_limit_of_the_system(street, tmp_path, capsys):
+    """Writes that fail half-way by RLIMIT_FSIZE: the run trains to its end, says so, and the same command then writes all."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    assert trained(tmp_path / "whole", street) == 0
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+        assert trained(tmp_path / "r", street) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "step 6 not saved" in capsys.readouterr().err and not list((tmp_path / "r").glob("*.p*t"))
+    assert trained(tmp_path / "r", street) == 0 and same_run(tmp_path / "whole", tmp_path / "r")
+
+
+def test_the_best_that_a_full_disk_lost_is_not_told_as_best(street, tmp_path, monkeypatch, capsys):
+    write, rising, tried = train.write, iter((0.5, 0.4, 0.3)), []
+    monkeypatch.setattr(train, "validate", lambda run, net: {"miou": next(rising), "accuracy": 1.0, "iou": [0.5] * 3})
+
+    def full(path, save):
+        if path.name == "best.pt" and not tried:
+            tried.append(path)
+            raise OSError(28, "No space left on device")
+        return write(path, save)
+
+    monkeypatch.setattr(train, "write", full)
+    assert trained(tmp_path / "r", street, "--epochs", 3) == 0
+    assert "best.pt (mIoU 0.4000)" in capsys.readouterr().out
+    best, last = (evaluate.read_checkpoint(tmp_path / "r" / name) for name in ("best.pt", "last.pt"))
+    assert best["step"] == 6 and best["best"] == last["best"] == 0.4
+
+
+def broken_fields(state):
+    """A checkpoint with one field changed into what no run writes."""
+    momentum = state["optimizer"]["state"]
+    yield from ({"step": 7}, {"step": -1}, {"step": 2.5}, {"step": "6"}, {"step": 5}, {"history": []}, {"history": None},
+                {"history": state["history"][::-1]}, {"skipped": None}, {"skipped": 99}, {"best": "0.5"}, {"best": float("nan")},
+                {"sums": torch.zeros(2, dtype=torch.float64)}, {"sums": state["sums"] + float("nan")}, {"sums": 0},
+                {"optimizer": {}}, {"optimizer": {"state": {0: {"momentum_buffer": torch.zeros(1)}}}},
+                {"optimizer": {"state": {10 ** 9: momentum[0]}}}, {"optimizer": {"state": momentum | {"x": momentum[0]}}},
+                {"model": {}}, {"model": None}, {"model": [1]}, {"settings": None}, {"scaler": 3}, {"settings": []})
+
+
+def test_a_checkpoint_that_no_run_wrote_is_refused(run_folder, street, tmp_path):
+    """By restore, in one line with the file's name; each case without its change goes on."""
+    args = train.parse([*TINY, "--root", str(street), "--out", str(tmp_path / "r")], 1)
+    run, whole = train.setup(args, 0, 1, CPU), torch.load(run_folder / "last.pt", weights_only=True)
+    args.out.mkdir()
+    for change in broken_fields(whole):
+        torch.save(whole | change, args.out / "last.pt")
+        with pytest.raises(data.InputError, match="last.pt") as e:
+            train.restore(run)
+        assert "\n" not in str(e.value), change
+    torch.save(whole, args.out / "last.pt")
+    train.restore(run)
+    assert run.step == 6 and run.history == whole["history"]
+
+
+def test_a_file_that_breaks_stops_every_rank_with_one_line(street, tmp_path):
+    """Two ranks; images of later steps are not images: exit status 2, the name, no traceback of ours, and what was saved stays."""
+    root = tmp_path / "street"
+    shutil.copytree(street, root)
+    first = {i for step in range(2) for _, i in data.step_items(step, seed=0, n=12, batch=4)}
+    for i, item in enumerate(data.open_dataset("folder", root, "train").items):
+        if i not in first:
+            item.image.write_bytes(b"not an image")
+    done = torchrun(2, "train.py", *TINY, "--root", root, "--out", tmp_path / "r", "--save-every", 1)
+    told = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
+    assert len(told) == 2 and any("images/train/" in line for line in told), done.stderr
+    assert "InputError" not in done.stderr and torch.load(tmp_path / "r" / "last.pt", weights_only=True)["step"] == 2
+
+
+def test_a_rank_that_hangs_takes_the_others_down_within_the_timeout(tmp_path):
+    code = """if True:
+        import sys, time, datetime, torch, evaluate
+        evaluate.timedelta = lambda minutes: datetime.timedelta(seconds=minutes / 4)
+        with evaluate.distributed() as (rank, world, device):
+            time.sleep(60 * rank)
+            torch.distributed.all_reduce(torch.ones(1))
+    """
+    (tmp_path / "hang.py").write_text(code)
+    start = time.monotonic()
+    done = torchrun(2, tmp_path / "hang.py", cwd=HERE)
+    assert done.returncode != 0 and time.monotonic() - start < 30
+
+
+def test_other_images_of_the_same_number_are_other_settings(run_folder, street, tmp_path):
+    root = tmp_path / "street"
+    shutil.copytree(street, root)
+    for kind in ("images", "labels"):
+        os.replace(root / kind / "train" / "3.png", root / kind / "train" / "new.png")
+    shutil.copytree(run_folder, tmp_path / "r")
+    with pytest.raises(data.InputError, match="names [0-9a-f]{8} -> [0-9a-f]{8}"):
+        trained(tmp_path / "r", root)
+
+
+def test_deterministic_gives_the_same_bits_twice(street, tmp_path):
+    try:
+        for name in "ab":
+            assert trained(tmp_path / name, street, "--deterministic") == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert same_run(tmp_path / "a", tmp_path / "b")
 
 
 def test_tensorboard_is_imported_only_when_asked(street, tmp_path, monkeypatch):

@@ -19,10 +19,12 @@ import resource
 import signal
 import sys
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +151,8 @@ def parse(argv: Sequence[str] | None, world: int) -> argparse.Namespace:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 0 or more")
     if not 0 <= args.ema < 1:
         raise InputError(f"--ema {args.ema}: expected 0 (off) or a decay below 1, such as 0.999")
+    if args.context != "dnl" and (args.no_gr or args.no_lr):
+        raise InputError(f"--no-gr and --no-lr are parts of --context dnl, which --context {args.context} has not: leave them out")
     if args.compile and args.recompute:
         raise InputError("--compile and --recompute: torch.compile cannot follow the second forward: leave one out")
     if not 0 < args.scale[0] <= args.scale[1] < math.inf:
@@ -227,6 +231,7 @@ class Run:
     sums: Tensor | None = None  # of this epoch's losses, this rank's share
     recent: list[tuple[int, Tensor]] = field(default_factory=list)  # steps and losses not yet looked at
     history: list[dict[str, Any]] = field(default_factory=list)  # a line per epoch
+    best: float | None = None  # the mIoU of best.pt
     unsaved: bool = False  # the last checkpoint could not be written
 
     @property
@@ -238,10 +243,17 @@ class Run:
         return self.args.epochs * self.per_epoch
 
     @property
+    def lr(self) -> float:
+        """The learning rate of the last step."""
+        return self.args.lr * rate(max(0, self.step - 1), self.total, self.args.power, self.args.warmup)
+
+    @cached_property
     def settings(self) -> dict[str, Any]:
         """What makes the result what it is: runs with equal settings end with equal weights."""
         own = {k: v for k, v in vars(self.args).items() if k not in OPERATIONAL}
-        return own | {"images": len(self.data), "classes": list(self.data.classes)}
+        names = "\n".join(str(item.image).removeprefix(str(self.args.root)) for item in self.data.items)
+        crc = zlib.crc32(names.encode("utf-8", "surrogateescape"))
+        return own | {"images": len(self.data), "names": f"{crc:08x}", "classes": list(self.data.classes)}
 
 
 def setup(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> Run:
@@ -330,9 +342,9 @@ def part_losses(run: Run, x: Tensor, y: Tensor, labelled: float) -> Tensor:
     return torch.cat([head[None], losses(outputs[1:], y, labelled, run.class_weights)])
 
 
-def train_step(run: Run, batch: Sequence[Tensor], labelled: float) -> Tensor:
+def train_step(run: Run, batch: Sequence[Tensor], labelled: float) -> Tensor | None:
     """One step of SGD on this rank's images, labels and colour factors. With N ranks the gradient is that of one rank with the
-    whole batch. Returns this rank's share of the losses, on the device and not waited for."""
+    whole batch. Returns this rank's share of the losses, on the device and not waited for; None for a step left out."""
     args = run.args
     torch.manual_seed(step_seed(args.seed, run.step, run.rank))
     for group in run.optimizer.param_groups:
@@ -354,7 +366,7 @@ def train_step(run: Run, batch: Sequence[Tensor], labelled: float) -> Tensor:
         run.optimizer.zero_grad()
         for b, old in zip(run.net.buffers(), before):  # BatchNorm has counted the bad batch
             b.copy_(old)
-        return torch.zeros_like(share)
+        return None
     if args.clip:
         run.scaler.unscale_(run.optimizer)
         nn.utils.clip_grad_norm_(run.net.parameters(), args.clip)
@@ -415,18 +427,13 @@ def state_of(run: Run, net: dnl.Network) -> dict[str, Any]:
             "config": asdict(net.config), "settings": run.settings, "data": run.data.name,
             "root": str(Path(run.args.root).resolve()) if run.args.root else None, "classes": list(run.data.classes),
             "colors": [list(c) for c in run.data.colors], "amp": run.args.amp, "step": run.step,
-            "epoch": run.step // run.per_epoch, "best": best_of(run.history), "sums": sums, "skipped": run.skipped,
+            "epoch": run.step // run.per_epoch, "best": run.best, "sums": sums, "skipped": run.skipped,
             "history": run.history}
 
 
-def best_of(history: Sequence[dict[str, Any]]) -> float | None:
-    """The highest mIoU so far, None before the first."""
-    return max((h["miou"] for h in history if h["miou"] is not None), default=None)
-
-
-def save(run: Run, best: bool = False) -> None:
+def save(run: Run, best: float | None = None) -> None:
     """Write (best.pt, ema.pt and) last.pt, keeping the one before as last.prev.pt, and log.jsonl. A full disk is a warning, and
-    tried again. InputError where the weights are not finite: they would replace good ones."""
+    tried again. InputError where the weights are not finite: they would replace good ones. best: the mIoU, if it is the highest."""
     check_finite(run)
     if not all(t.isfinite().all() for t in run.net.state_dict().values()):
         raise nonfinite(run, run.step - 1)
@@ -434,20 +441,28 @@ def save(run: Run, best: bool = False) -> None:
     if run.rank:
         return
     try:
-        if best:
+        if best is not None:
+            state["best"] = best
             write(out / "best.pt", lambda f: torch.save(state, f))
+            run.best = best
         if run.ema is not None:
             write(out / "ema.pt", lambda f: torch.save(state | {"model": state["ema"]}, f))
         write(out / "new.pt", lambda f: torch.save(state, f))
-        if (out / "last.pt").exists():
-            os.replace(out / "last.pt", out / "last.prev.pt")
-        os.replace(out / "new.pt", out / "last.pt")
+        promote(out)
         write_log(run)
         run.unsaved = False
     except OSError as e:
         run.unsaved = True
         print(f"warning: step {run.step} not saved ({e}); the one before is kept, the next try is in {run.args.log_every} steps",
               file=sys.stderr, flush=True)
+
+
+def promote(out: Path) -> None:
+    """Make new.pt, where there is one, the last.pt: the end of `save`, and of one that was killed here."""
+    if (out / "new.pt").exists():
+        if (out / "last.pt").exists():
+            os.replace(out / "last.pt", out / "last.prev.pt")
+        os.replace(out / "new.pt", out / "last.pt")
 
 
 def write_log(run: Run) -> None:
@@ -472,6 +487,25 @@ def find_checkpoint(run: Run) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
+def check_state(run: Run, state: dict[str, Any]) -> None:
+    """ValueError that names the fields of a checkpoint which no `state_of` of this run makes."""
+    (epochs, rest), history = divmod(state["step"], run.per_epoch), state["history"]
+    momentum, parameters = state["optimizer"]["state"], [p for g in run.optimizer.param_groups for p in g["params"]]
+    sound = {
+        "step": type(state["step"]) is int and 0 <= state["step"] <= run.total,
+        "history": [line["epoch"] for line in history] == [*range(1, len(history) + 1)]
+                   and len(history) in ((epochs,) if rest else (epochs - 1, epochs)),  # the epoch's line comes after validation
+        "skipped": type(state["skipped"]) is int and 0 <= state["skipped"] <= state["step"],
+        "best": state["best"] is None or 0 <= state["best"] <= 1,
+        "sums": state["sums"].shape == run.sums.shape and state["sums"].dtype == run.sums.dtype and state["sums"].isfinite().all(),
+        "scaler": state["scaler"].keys() == run.scaler.state_dict().keys(),
+        "optimizer": momentum.keys() <= {*range(len(parameters))} and all(
+            one["momentum_buffer"] is None or one["momentum_buffer"].shape == parameters[i].shape for i, one in momentum.items())}
+    wrong = [name for name, good in sound.items() if not good]
+    if wrong:
+        raise ValueError(f"damaged: {', '.join(wrong)} of no run of these settings: give another, or train again")
+
+
 def restore(run: Run) -> None:
     """Go on from a checkpoint, if there is one. InputError, naming the difference, where it is of other settings."""
     found = find_checkpoint(run)
@@ -483,15 +517,16 @@ def restore(run: Run) -> None:
         differ = [f"{k} {was.get(k)} -> {now.get(k)}" for k in sorted({*was, *now}) if was.get(k) != now.get(k)]
         if differ:
             raise InputError(f"of other settings ({'; '.join(differ)}): repeat its flags to go on, or choose another --out")
+        check_state(run, state)
         dnl.load_strict(run.net, state["model"], "model")
         if run.ema is not None:
             dnl.load_strict(run.ema, state["ema"], "ema")
-        run.optimizer.load_state_dict(state["optimizer"])
+        run.optimizer.load_state_dict(run.optimizer.state_dict() | {"state": state["optimizer"]["state"]})
         run.scaler.load_state_dict(state["scaler"])
-        run.step, run.history, run.skipped = state["step"], state["history"], state["skipped"]
+        run.step, run.history, run.skipped, run.best = (state[k] for k in ("step", "history", "skipped", "best"))
         run.sums += state["sums"].to(run.device) if run.rank == 0 else 0
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as e:
-        raise InputError(f"{path}: {e if isinstance(e, InputError) else f'{type(e).__name__} {e}'}") from None
+    except Exception as e:  # a field of another kind can fail in any of these
+        raise InputError(f"{path}: {e if isinstance(e, ValueError) else f'{type(e).__name__} {e}'}".replace("\n", " ")) from None
     if run.rank == 0:
         try:
             write_log(run)
@@ -516,13 +551,24 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(s, handler)
 
 
-def say(run: Run, loss: float, speed: float) -> None:
-    """The fixed line for people; on a terminal rewritten in place, with a bar. speed: images/s over all ranks."""
+def report(run: Run, board: Any, share: Tensor | None, speed: float) -> None:
+    """Look at the losses so far, and tell this step's. share: what `train_step` returned. speed: images/s over all ranks."""
+    check_finite(run)
+    loss = math.nan if share is None else over_ranks(run, share.tolist())[0]
+    if run.rank == 0:
+        say(run, "left out" if share is None else f"{loss:.4f}", speed)
+    if board is not None:
+        for name, value in ("loss", loss), ("lr", run.lr), ("images_per_second", speed):
+            board.add_scalar(f"step/{name}", value, run.step)
+
+
+def say(run: Run, loss: str, speed: float) -> None:
+    """The fixed line for people; on a terminal rewritten in place, with a bar."""
     memory = torch.cuda.max_memory_allocated() / 2**30 if run.device.type == "cuda" else (
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
     left = int((run.total - run.step) * run.args.batch / speed)
-    line = (f"epoch {(run.step - 1) // run.per_epoch + 1}/{run.args.epochs}  step {run.step}/{run.total}  loss {loss:.4f}  "
-            f"lr {run.optimizer.param_groups[1]['lr']:.6f}  {speed:.1f} images/s  {memory:.1f} GiB  "
+    line = (f"epoch {(run.step - 1) // run.per_epoch + 1}/{run.args.epochs}  step {run.step}/{run.total}  loss {loss}  "
+            f"lr {run.lr:.6f}  {speed:.1f} images/s  {memory:.1f} GiB  "
             f"left {left // 3600}:{left // 60 % 60:02}:{left % 60:02}")
     if sys.stdout.isatty():
         done = 20 * run.step // run.total
@@ -532,12 +578,15 @@ def say(run: Run, loss: float, speed: float) -> None:
 
 
 def end_epoch(run: Run, board: Any) -> None:
-    """Validate (every --eval-every epochs, and the last), append the epoch's line to the history, save."""
+    """Validate (every --eval-every epochs, and the last), append the epoch's line to the history, save. Saved before validating
+    too, which may take long: what a kill makes to be repeated then is validation alone."""
     epoch, names = run.step // run.per_epoch, ("loss", "loss_res2", "loss_res3", "loss_p")
-    sums = over_ranks(run, (run.sums / run.per_epoch).tolist())
-    line = {"epoch": epoch, "step": run.step, "lr": run.optimizer.param_groups[1]["lr"], **dict(zip(names, sums)), "miou": None}
-    before = best_of(run.history)
+    steps = run.per_epoch - run.skipped + (run.history[-1]["skipped"] if run.history else 0)
+    means = [total / steps if steps else None for total in over_ranks(run, run.sums.tolist())]
+    line = {"epoch": epoch, "step": run.step, "lr": run.lr, "skipped": run.skipped,
+            **dict(zip(names, means)), "miou": None}
     if epoch % run.args.eval_every == 0 or epoch == run.args.epochs:
+        save(run)
         result = validate(run, run.net)
         line |= result | {"iou": dict(zip(run.data.classes, result["iou"]))}
         if run.ema is not None:
@@ -545,9 +594,10 @@ def end_epoch(run: Run, board: Any) -> None:
         set_mode(run.net, run.args.freeze_bn)
     run.history.append(line)
     run.sums.zero_()
-    save(run, best=line["miou"] is not None and (before is None or line["miou"] > before))
-    if run.rank == 0 and line["miou"] is not None:
-        print("\n" * sys.stdout.isatty() + f"epoch {epoch}/{run.args.epochs}  val mIoU {line['miou']}  accuracy {line['accuracy']}", flush=True)
+    miou = line["miou"]
+    save(run, best=miou if miou is not None and (run.best is None or miou > run.best) else None)
+    if run.rank == 0 and miou is not None:
+        print("\n" * sys.stdout.isatty() + f"epoch {epoch}/{run.args.epochs}  val mIoU {miou}  accuracy {line['accuracy']}", flush=True)
     if board is not None:
         write_board(run, board, line)
 
@@ -576,6 +626,26 @@ def write_board(run: Run, board: Any, line: dict[str, Any]) -> None:
         board.add_image("val", np.asarray(val_sheet(run)), run.step, dataformats="HWC")
 
 
+def results(batches: Iterator[Any]) -> Iterator[Any]:
+    """The batches, and the InputError that ends them as the last."""
+    try:
+        yield from batches
+    except InputError as e:
+        yield e
+
+
+def agree(run: Run, batch: Any, *facts: float) -> list[float]:
+    """Before a step: this step's labelled pixels and the facts, each summed over all ranks, so that all do the same. InputError
+    on every rank where one could not read its images."""
+    failed = isinstance(batch, InputError)
+    *sums, failures = over_ranks(run, [0.0 if failed else count_labelled(run, batch[1]), *facts, failed])
+    if failed:
+        raise batch
+    if failures:
+        raise InputError(f"rank {run.rank}: stopped, since another rank cannot go on")
+    return sums
+
+
 def train(run: Run) -> int:
     """From run.step to the end. Returns the number of the signal that stopped it, or 0."""
     args, board = run.args, open_board(run)
@@ -583,27 +653,26 @@ def train(run: Run) -> int:
                             world=run.world, crop=args.crop, scale=tuple(args.scale), workers=args.workers,
                             pin=run.device.type == "cuda")
     set_mode(run.net, args.freeze_bn)
-    start, first = time.monotonic(), run.step
     with stop_signals() as caught, closing(batches), closing(board) if board is not None else nullcontext():
-        for batch in batches:
+        if run.step == (len(run.history) + 1) * run.per_epoch:  # stopped while validating
+            end_epoch(run, board)
+        start, first = time.monotonic(), run.step
+        for batch in results(batches):
             due = run.step % args.log_every == 0
-            labelled, stop, again = over_ranks(run, [count_labelled(run, batch[1]), len(caught), run.unsaved and due])
+            labelled, stop, again = agree(run, batch, len(caught), run.unsaved and due)
             share = train_step(run, batch, labelled)
-            run.recent.append((run.step, share))
-            run.sums += share
+            if share is not None:
+                run.recent.append((run.step, share))
+                run.sums += share
             run.step += 1
             if run.step % args.log_every == 0 or run.step == first + 1:
-                check_finite(run)
-                speed = (run.step - first) * args.batch / (time.monotonic() - start)
-                loss = over_ranks(run, share.tolist())[0]
-                if run.rank == 0:
-                    say(run, loss, speed)
-                if board is not None:
-                    board.add_scalar("images_per_second", speed, run.step)
+                report(run, board, share, (run.step - first) * args.batch / (time.monotonic() - start))
+            pause = time.monotonic()
             if run.step % run.per_epoch == 0:
                 end_epoch(run, board)
             elif stop or again or args.save_every and run.step % args.save_every == 0:
                 save(run)
+            start += time.monotonic() - pause  # images/s are those of training
             if stop and run.step < run.total:
                 return caught[0] if caught else signal.SIGTERM
     if over_ranks(run, [run.unsaved])[0]:
@@ -635,15 +704,16 @@ def finish(run: Run) -> int:
         except OSError as e:
             print(f"warning: val.png not written ({e})", file=sys.stderr)
             return 1
-        best = best_of(run.history)
-        print(f"in {out}: last.pt, best.pt{'' if best is None else f' (mIoU {best:.4f})'}, log.jsonl, val.png")
+        best = "" if run.best is None else f"best.pt (mIoU {run.best:.4f}), "
+        print(f"in {out}: last.pt, {best}log.jsonl, val.png")
     return int(run.unsaved)
 
 
 def make_folder(path: Path) -> None:
-    """The run's folder, or InputError."""
+    """The run's folder, ready to be looked at, or InputError."""
     try:
         path.mkdir(parents=True, exist_ok=True)
+        promote(path)
     except OSError as e:
         raise InputError(f"--out {path}: {e.strerror}: choose another") from None
 
@@ -665,6 +735,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rank == 0:
             make_folder(args.out)
             sys.stderr.writelines(f"note: {text}\n" for text in notes(args))
+        over_ranks(run, [0])  # no rank looks for a checkpoint before
         restore(run)
         if over_ranks(run, [run.step])[0] != run.step * world:
             raise InputError(f"{args.out}: the ranks found different checkpoints: name an --out that all nodes see")
