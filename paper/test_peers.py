@@ -351,4 +351,4 @@ def test_every_peer_trains_in_the_network(world):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    torch.multiprocessing.spawn(train_each_peer, (world, port), world)
+    torch.multiprocessing.start_processes(train_each_peer, (world, port), world, start_method="fork")
