@@ -1643,6 +1643,22 @@ def test_damaged_checkpoint_falls_back_to_the_previous(run_folder, street, tmp_p
         assert same_state(tmp_path / "x.pt", run_folder / "last.pt")
 
 
+def test_gradient_that_is_not_finite_is_left_out(street, tmp_path, monkeypatch):
+    """A finite loss with an infinite gradient in step 2: with --skip-nonfinite, step 3 begins from the weights of step 1."""
+    normal, seen = train.part_losses, []
+
+    def broken(run, *rest):
+        losses = normal(run, *rest)
+        seen.append(run.net.head[-1].bias.detach().clone())
+        losses.register_hook(lambda g: g * float("inf") if run.step == 1 else g)
+        return losses
+
+    monkeypatch.setattr(train, "part_losses", broken)
+    assert trained(tmp_path / "r", street, "--skip-nonfinite", 1, "--epochs", 1) == 0
+    line = json.loads((tmp_path / "r" / "log.jsonl").read_text().splitlines()[-1])
+    assert torch.equal(seen[1], seen[2]) and not torch.equal(seen[0], seen[1]) and line["skipped"] == 1 and 0.5 < line["loss"] < 2
+
+
 @pytest.mark.parametrize("skip", [0, 2, 99])
 def test_loss_that_is_not_finite(street, tmp_path, monkeypatch, skip, capsys):
     """Step 4's images are made infinite: the run stops and names them, or leaves the step out."""
@@ -1662,6 +1678,16 @@ def test_loss_that_is_not_finite(street, tmp_path, monkeypatch, skip, capsys):
     assert saved["skipped"] == (1 if skip else 0)
 
 
+class Full:
+    """A file on a full disk."""
+
+    def write(self, data):
+        raise OSError(28, "No space left on device")
+
+
+write = evaluate.write
+
+
 def test_a_file_is_on_the_disk_before_it_replaces_another(tmp_path, monkeypatch):
     (tmp_path / "x").write_bytes(b"old")
     seen = []
@@ -1673,30 +1699,20 @@ def test_a_file_is_on_the_disk_before_it_replaces_another(tmp_path, monkeypatch)
     assert (tmp_path / "x").read_bytes() == b"new" and os.listdir(tmp_path) == ["x"]
 
 
-def test_full_disk_at_each_write(street, tmp_path, monkeypatch):
-    """Whichever write of a checkpoint fails, a loadable checkpoint remains, and the run goes on and ends the same."""
-    assert trained(tmp_path / "whole", street) == 0
-    fsync, failures = os.fsync, 0
-    for nth in (1, 2, 3, 7):  # best.pt, last.pt, log.jsonl; val.png
-        out, count = tmp_path / f"r{nth}", 0
+def test_full_disk_at_each_write(street, tmp_path, monkeypatch, capsys):
+    """Whichever write fails, a loadable checkpoint is there afterwards, and the run goes on and ends the same."""
+    assert trained(tmp_path / "whole", street, "--epochs", 1) == 0
+    for nth, name in enumerate(("new.pt", "log.jsonl", "best.pt", "new.pt", "log.jsonl", "val.png")):
+        out, writes = tmp_path / f"r{nth}", []
 
-        def full(fd):
-            nonlocal count
-            count += 1
-            if count == nth:
-                raise OSError(28, "No space left on device")
-            return fsync(fd)
+        def full(path, save):
+            writes.append(path.name)
+            return write(path, lambda f: f.write(b"part") and save(Full()) if len(writes) == nth + 1 else save(f))
 
-        monkeypatch.setattr(os, "fsync", full)
-        status = trained(out, street)
-        failures += count >= nth
-        assert not list(out.glob("*.part"))
-        assert status in (0, 1)
-        if status == 0:
-            assert same_state(tmp_path / "whole" / "last.pt", out / "last.pt")
-        elif (out / "last.pt").exists():
-            evaluate.read_checkpoint(out / "last.pt")
-    assert failures >= 3
+        monkeypatch.setattr(train, "write", full)
+        status = trained(out, street, "--epochs", 1)
+        assert writes[nth] == name and "No space left" in capsys.readouterr().err and not list(out.glob("*.part"))
+        assert status == (name == "val.png") and same_run(tmp_path / "whole", out)
 
 
 def test_beyond_the_paper(street, tmp_path):
@@ -1850,7 +1866,7 @@ def test_a_file_size_limit_of_the_system(street, tmp_path, capsys):
 
 
 def test_the_best_that_a_full_disk_lost_is_not_told_as_best(street, tmp_path, monkeypatch, capsys):
-    write, rising, tried = train.write, iter((0.5, 0.4, 0.3)), []
+    rising, tried = iter((0.5, 0.4, 0.3)), []
     monkeypatch.setattr(train, "validate", lambda run, net: {"miou": next(rising), "accuracy": 1.0, "iou": [0.5] * 3})
 
     def full(path, save):

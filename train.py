@@ -359,7 +359,7 @@ def train_step(run: Run, batch: Sequence[Tensor], labelled: float) -> Tensor | N
             part = part_losses(run, normalize(color_jitter(x, factors)), y, labelled)
             run.scaler.scale((part * run.weights).sum() * run.world).backward()  # DDP averages over ranks
         share += part.detach()
-    if args.skip_nonfinite and over_ranks(run, [not share.isfinite().all()])[0]:
+    if args.skip_nonfinite and over_ranks(run, [not finite(run, share)])[0]:
         run.skipped += 1
         if run.skipped > args.skip_nonfinite:
             raise nonfinite(run, run.step)
@@ -378,6 +378,12 @@ def train_step(run: Run, batch: Sequence[Tensor], labelled: float) -> Tensor | N
     return share
 
 
+def finite(run: Run, share: Tensor) -> bool:
+    """Whether the losses and the gradient are finite. (Of fp16's gradients the scaler takes care.)"""
+    gradients = [] if run.scaler.is_enabled() else [p.grad for p in run.net.parameters() if p.grad is not None]
+    return bool(share.isfinite().all() and nn.utils.get_total_norm(gradients).isfinite())
+
+
 @torch.no_grad()
 def follow(ema: nn.Module, net: nn.Module, decay: float) -> None:
     """ema = decay * ema + (1 - decay) * net, for parameters and buffers; counts are copied."""
@@ -385,11 +391,11 @@ def follow(ema: nn.Module, net: nn.Module, decay: float) -> None:
         mean.lerp_(now, 1 - decay) if mean.is_floating_point() else mean.copy_(now)
 
 
-def nonfinite(run: Run, step: int) -> InputError:
-    """The error of a step whose loss is not finite, with the files of its batch."""
+def nonfinite(run: Run, step: int, what: str = "loss is") -> InputError:
+    """The error of a step after which something is not finite, with the files of its batch."""
     share = run.args.batch // run.world
     items = step_items(step, seed=run.args.seed, n=len(run.data), batch=run.args.batch)[run.rank * share:(run.rank + 1) * share]
-    return InputError(f"step {step + 1}, rank {run.rank}: the loss is not finite; images {', '.join(str(run.data.items[i].image) for _, i in items)}; "
+    return InputError(f"step {step + 1}, rank {run.rank}: the {what} not finite; images {', '.join(str(run.data.items[i].image) for _, i in items)}; "
                      f"{run.args.out}/last.pt is from before: lower --lr, try --clip 1 or --amp off, or --skip-nonfinite N")
 
 
@@ -436,7 +442,7 @@ def save(run: Run, best: float | None = None) -> None:
     tried again. InputError where the weights are not finite: they would replace good ones. best: the mIoU, if it is the highest."""
     check_finite(run)
     if not all(t.isfinite().all() for t in run.net.state_dict().values()):
-        raise nonfinite(run, run.step - 1)
+        raise nonfinite(run, run.step - 1, "weights are")
     state, out = state_of(run, run.net), run.args.out
     if run.rank:
         return
@@ -523,7 +529,8 @@ def restore(run: Run) -> None:
             dnl.load_strict(run.ema, state["ema"], "ema")
         run.optimizer.load_state_dict(run.optimizer.state_dict() | {"state": state["optimizer"]["state"]})
         run.scaler.load_state_dict(state["scaler"])
-        run.step, run.history, run.skipped, run.best = (state[k] for k in ("step", "history", "skipped", "best"))
+        run.step, run.history, run.skipped = state["step"], state["history"], state["skipped"]
+        run.best = state["best"] if (run.args.out / "best.pt").exists() else None
         run.sums += state["sums"].to(run.device) if run.rank == 0 else 0
     except Exception as e:  # a field of another kind can fail in any of these
         raise InputError(f"{path}: {e if isinstance(e, ValueError) else f'{type(e).__name__} {e}'}".replace("\n", " ")) from None
