@@ -124,9 +124,12 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def no_autocast(x: Tensor) -> torch.autocast:
+def no_autocast(x: Tensor) -> torch.autocast | nullcontext:
     """A block in which autocast leaves the types as they are. x: a tensor of the device in question."""
-    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)  # autocast knows no meta device
+    device = "cpu" if x.is_meta else x.device.type  # autocast knows no meta device
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()  # a saved program that holds an autocast block cannot be loaded
 
 
 def _windows(size: tuple[int, int], kernel: int) -> list[tuple[slice, slice]]:

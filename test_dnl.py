@@ -316,12 +316,17 @@ def test_the_block_exports_with_free_height_and_width():
     assert gap([exported(other)], [block(other)]) < 1e-5
 
 
-def test_a_network_exports_and_the_program_is_the_network():
-    net, image = opened(build(replace(PAPER, **SMALL))).eval(), torch.randn(1, 3, 65, 97)
-    free = {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
-    exported = torch.export.export(net, (image,), dynamic_shapes=(free,)).module()
-    other = torch.randn(1, 3, 81, 50)
-    assert gap([exported(other)], [net(other)]) < 1e-4
+@pytest.mark.parametrize("config", [PAPER, RELEASED], ids=["paper", "released"])
+def test_a_network_exports_and_the_program_is_the_network(config, tmp_path):
+    """With free batch, height and width, saved and loaded again: any number of images from 17 pixels a side up."""
+    net, Dim = opened(build(replace(config, **SMALL | {"channels": 32}))).eval(), torch.export.Dim
+    free = {0: Dim("batch"), 2: Dim("height", min=17), 3: Dim("width", min=17)}
+    program = torch.export.export(net, (torch.randn(2, 3, 64, 96),), dynamic_shapes=(free,))
+    torch.export.save(program, tmp_path / "net.pt2")
+    program = torch.export.load(tmp_path / "net.pt2").module()
+    for size in ((1, 3, 17, 17), (3, 3, 65, 97), (2, 3, 80, 128)):
+        image = torch.randn(size)
+        assert gap([program(image)], [net(image)]) < 1e-4
 
 
 # ------------------------------------------------------------------------------------------------- the backbone
