@@ -34,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import dnl
 import evaluate
+import hubconf
 import predict
 import train
 from data import ADE20K, CITYSCAPES, InputError, IGNORE, palette
@@ -637,12 +638,39 @@ def test_importing_dnl_draws_no_random_number_and_changes_no_setting(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} <= {"dnl.py", "__pycache__"}
 
 
-def test_readme_example_of_copying_dnl_runs_alone(tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    example = next(b for b in blocks if "from dnl import DenoisedNonLocal" in b)
+@pytest.mark.parametrize("name", ["block", "fcn", "unet", "export"])
+def test_readme_snippets_run_beside_dnl_alone(name, tmp_path):
+    snippets = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    snippet = dict(zip(("block", "fcn", "unet", "export"), snippets, strict=True))[name]
     shutil.copy(HERE / "dnl.py", tmp_path)
-    done = run_python(example, tmp_path)
+    if "torchvision" in snippet and run_python("import torchvision", tmp_path).returncode:
+        pytest.skip("torchvision is not there, or does not fit this torch")
+    done = run_python(snippet, tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_torch_hub_lists_explains_and_loads(run_folder, tmp_path):
+    """From a folder, and from hub's copy of a repository, which is put there first so that nothing is downloaded."""
+    (tmp_path / "someone_dnl_main").symlink_to(HERE)
+    done = run_python(textwrap.dedent(f"""
+        import torch
+        torch.hub.set_dir({str(tmp_path)!r})
+        folder, copy, trust = {str(HERE)!r}, "someone/dnl:main", dict(trust_repo=True, skip_validation=True)
+        print(torch.hub.list(copy, verbose=False, **trust))
+        print("A whole network" in torch.hub.help(copy, "network", **trust))
+        print(torch.hub.load(folder, "network", source="local", num_classes=5, preset="released", backbone="resnet18").config)
+        print(torch.hub.load(folder, "DenoisedNonLocal", 16, 5, source="local")(torch.ones(1, 16, 3, 4)).shape)
+        net = torch.hub.load(copy, "trained", {str(run_folder / "best.pt")!r}, verbose=False, **trust)
+        torch.save([net.training, net.state_dict()], "trained.pt")
+    """), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["['DenoisedNonLocal', 'network', 'trained']", "True",
+        str(replace(RELEASED, num_classes=5, backbone="resnet18")), "torch.Size([1, 16, 3, 4])"]
+    training, state = torch.load(tmp_path / "trained.pt")
+    saved = torch.load(run_folder / "best.pt")["model"]
+    assert not training and state.keys() == saved.keys() and all(torch.equal(t, saved[k]) for k, t in state.items())
+    with pytest.raises(ValueError, match="preset 'mine': expected paper or released"):
+        hubconf.network(preset="mine")
 
 
 # ------------------------------------------------------------------------------------------------- whole sizes
