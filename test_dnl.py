@@ -638,7 +638,7 @@ def test_importing_dnl_draws_no_random_number_and_changes_no_setting(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} <= {"dnl.py", "__pycache__"}
 
 
-@pytest.mark.parametrize("name", ["block", "fcn", "unet", "export"])
+@pytest.mark.parametrize("name", ["block", "fcn", "unet", pytest.param("export", marks=pytest.mark.slow)])
 def test_readme_snippets_run_beside_dnl_alone(name, tmp_path):
     snippets = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     snippet = dict(zip(("block", "fcn", "unet", "export"), snippets, strict=True))[name]
