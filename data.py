@@ -109,6 +109,8 @@ def read_classes(path: Path) -> tuple[tuple[str, ...], tuple[tuple[int, int, int
     """Names and colours of a classes.txt: `name [R G B]` a line, UTF-8; blank lines and lines from # on are
     skipped. Classes without a colour get one of `palette`. Raises InputError with the file and the line."""
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("not a file")  # a pipe would be waited for
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeError) as e:
         raise InputError(f"{show(path)}: cannot be read ({type(e).__name__}); expected UTF-8 text, a line "
@@ -147,9 +149,15 @@ def _classes(name: str, root: Path | str | None) -> tuple[tuple[str, ...], tuple
 
 @dataclass(frozen=True)
 class Item:
-    """Files of an image and of its label (None: no ground truth). Synthetic items are names only, not files."""
+    """Files of an image and of its label (None: no ground truth), and what they were when the data set was opened. Synthetic
+    items are names only, not files."""
     image: Path
     label: Path | None
+    stamps: tuple[tuple[int, int] | None, ...] = ()
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.image,) if self.label is None else (self.image, self.label)
 
 
 @dataclass(frozen=True)
@@ -184,34 +192,47 @@ FULL_ADE = ("index_ade20k.*", "images/ADE", "ADE20K_*", "images/training/*_seg.p
 
 
 def open_dataset(name: str, root: Path | str | None, split: str, cache: Path | str | None = None) -> DataSet:
-    """The split train, val, trainval or test of the data set. Only names of files are looked at, but with `cache`, a
-    folder in which a decoded copy is made and kept.
+    """The split train, val, trainval or test of the data set. Only names, sizes and times of files are looked at, but with
+    `cache`, a folder in which a decoded copy is made and kept.
     Raises InputError on a missing folder, an empty split, an image without label or a label without image, the
-    full ADE20K in place of the benchmark, a bad classes.txt."""
+    full ADE20K in place of the benchmark, a bad classes.txt, a cache of synthetic scenes."""
+    if cache is not None and name == "synthetic":
+        raise InputError("synthetic scenes are made in memory: leave --cache out")
     dataset, problems = _open(name, root, split)
     if problems:
         raise InputError(problems[0] + f" (and {len(problems) - 1} more)" * (len(problems) > 1))
-    return dataset if cache is None or name == "synthetic" else _with_cache(dataset, Path(cache))
+    return dataset if cache is None else _with_cache(dataset, Path(cache))
 
 
 def _with_cache(dataset: DataSet, folder: Path) -> DataSet:
     """The data set with its decoded copy in the folder: made once, by whoever holds the lock, while others wait. Its name
     holds the sources' sizes and times, so a change makes a new one; the index is written last, so half a copy is none."""
-    files = [path for item in dataset.items for path in (item.image, item.label) if path]
+    stamps = [(os.path.realpath(p), *(stamp or ())) for item in dataset.items for p, stamp in zip(item.files, item.stamps)]
+    key = hashlib.sha256(repr((dataset.classes, stamps)).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    base = folder / f"{dataset.name}-{dataset.split}-{key}"
     try:
-        stamps = [(os.path.realpath(p), s.st_size, s.st_mtime_ns) for p, s in ((p, os.stat(p)) for p in files)]
-        key = hashlib.sha256(repr((dataset.classes, stamps)).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-        base = folder / f"{dataset.name}-{dataset.split}-{key}"
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(f"{base}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not (os.path.exists(f"{base}.json") and os.path.exists(f"{base}.bin")):
-                _write_cache(dataset, base)
-        places = tuple(map(tuple, json.loads(Path(f"{base}.json").read_text())))
+        places = _places(dataset, base)
+        if not places:  # a whole copy needs no lock, so that it may lie where nothing can be written
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(f"{base}.lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not _places(dataset, base):
+                    _write_cache(dataset, base)
+            places = _places(dataset, base)
     except OSError as e:
-        raise InputError(f"--cache {show(folder)}: {e}; expected a folder with room for the decoded images: make room, "
-                        "name another, or do without") from None
+        raise InputError(f"--cache {show(folder)}: {show(str(e))}; expected a folder with room for the decoded images: make "
+                        "room, name another, or do without") from None
     return replace(dataset, cached=Path(f"{base}.bin"), places=places)
+
+
+def _places(dataset: DataSet, base: Path) -> tuple[tuple[int, int, int], ...]:
+    """The index of the copy, empty where the copy is not there or not whole."""
+    try:
+        places = tuple(map(tuple, json.loads(Path(f"{base}.json").read_text())))
+        offset, H, W = places[-1]
+        return places if os.path.getsize(f"{base}.bin") == offset + H * W * (3 + dataset.labelled) else ()
+    except (FileNotFoundError, ValueError, TypeError, IndexError):
+        return ()
 
 
 def _write_cache(dataset: DataSet, base: Path) -> None:
@@ -278,13 +299,23 @@ def _scan(name: str, root: Path, split: str, problems: list[str]) -> list[Item]:
     if not images:
         raise InputError(f"{show(image_dir)}: the split {split} is empty; expected images *{', *'.join(ends)}")
     if bare:
-        return [Item(images[key], None) for key in sorted(images)]
+        return [Item(images[key], None, (_stamp(images[key]),)) for key in sorted(images)]
     labels = _walk(label_dir, (label_end.lower(),), inside)
     problems += [f"{show(images[key])}: image without label; expected {show(label_dir / key)}{label_end}: add it or "
                  "remove the image" for key in sorted(images.keys() - labels)]
     problems += [f"{show(labels[key])}: label without image; expected {show(image_dir / key)}{ends[0]} or the like: "
                  "add it or remove the label" for key in sorted(labels.keys() - images)]
-    return [Item(images[key], labels[key]) for key in sorted(images.keys() & labels)]
+    return [Item(images[key], labels[key], (_stamp(images[key]), _stamp(labels[key])))
+            for key in sorted(images.keys() & labels)]
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Size in bytes and time of the last change in ns; None where there is no file, which reading it will say."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
 def _missing(name: str, root: Path, folder: Path) -> InputError:
@@ -337,10 +368,12 @@ def read(dataset: DataSet, index: int) -> tuple[np.ndarray, np.ndarray | None]:
 def decode(dataset: DataSet, item: Item) -> tuple[np.ndarray, np.ndarray | None]:
     """Files to arrays, as `read` returns them."""
     image = decode_image(item.image)
-    if item.label is None:
-        return image, None
-    label = decode_label(item.label, dataset)
-    if label.shape != image.shape[:2]:
+    label = decode_label(item.label, dataset) if item.label else None
+    for path, stamp in zip(item.files, item.stamps):  # looked at last, so that a change meanwhile is seen too
+        if stamp != _stamp(path):
+            raise InputError(f"{show(path)}: changed since the data set was opened: size and time {_stamp(path)}, expected "
+                            f"{stamp}: stop what writes there, and start again")
+    if label is not None and label.shape != image.shape[:2]:
         raise InputError("{}: label of {}x{} (height x width), image of {}x{}; expected one size: make the label again "
                         "for {} as its EXIF rotation shows it".format(
                             show(item.label), *label.shape, *image.shape[:2], show(item.image)))
@@ -357,12 +390,15 @@ def decode_image(path: Path) -> np.ndarray:
 
 
 def decode_label(path: Path, dataset: DataSet) -> np.ndarray:
-    """Label file to train ids (H, W) uint8. One channel: grey, palette (by index), 1 bit, or 16 bit if the values
-    fit. Raises InputError: colours, JPEG, values out of range, not an image."""
+    """Label file, a PNG, to train ids (H, W) uint8. One channel: grey of 8 bit, palette (by index), 1 bit, or 16 bit if the
+    values fit. Raises InputError: colours, not a PNG, grey of 2 or 4 bit, values out of range."""
     image = _load(path, True)
-    if image.format in ("JPEG", "MPO"):
-        raise InputError(f"{show(path)}: got a JPEG, which changes class numbers; expected a PNG: make it again from the "
-                        "annotation")
+    if image.format != "PNG":
+        raise InputError(f"{show(path)}: got a {image.format}; expected a PNG, which has checksums and keeps class numbers: "
+                        "make it again from the annotation")
+    if image.info["stored"] in ("L;2", "L;4"):  # a 3 of 2 bit would be read as 255
+        raise InputError(f"{show(path)}: got grey of 2 or 4 bit, whose numbers are read as brightness; expected 8 bit: save it "
+                        "as 8-bit grey or palette PNG")
     raw = np.asarray(image)
     if raw.ndim != 2 or image.mode == "F":
         raise InputError(f"{show(path)}: got mode {image.mode}, a label saved as colours; expected one channel of class "
@@ -381,16 +417,17 @@ def _load(path: Path, label: bool) -> Image.Image:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
             raise OSError(0, "empty or not a file")  # a pipe would be waited for
-        with warnings.catch_warnings():
+        # by an open file: Pillow maps a named one, a rotated raw TIFF in the wrong size, and a file cut meanwhile kills
+        with open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata; decompression bombs are errors
-            with Image.open(path, formats=FORMATS) as image:
-                image.verify()  # a PNG's checksums, which load() leaves unread
-            with Image.open(path, formats=FORMATS) as image:
-                image.load()
-        if label:
-            return image
-        image.info.pop("transparency", None)  # alpha is dropped, of palettes too
-        image = ImageOps.exif_transpose(image)
+            Image.open(file, formats=FORMATS).verify()  # a PNG's checksums, which load() leaves unread
+            image = Image.open(file, formats=FORMATS)
+            image.info["stored"] = image.tile[0][3] if image.tile else None  # load() forgets it
+            image.load()
+            if label:
+                return image
+            image.info.pop("transparency", None)  # alpha is dropped, of palettes too
+            image = ImageOps.exif_transpose(image)
         return image if image.mode[0] in "IF" else image.convert("RGB")
     except Image.DecompressionBombError as e:
         raise InputError(f"{show(path)}: over {2 * Image.MAX_IMAGE_PIXELS} pixels, refused as a decompression bomb: cut "
@@ -700,11 +737,11 @@ def _check_part(dataset: DataSet) -> tuple[np.ndarray, Counter, Counter, list[st
     for index, item in enumerate(dataset.items):
         try:
             image, label = read(dataset, index)
-        except InputError as e:
+            modes[" ".join(_mode(dataset, path) for path in item.files)] += 1
+        except (InputError, OSError) as e:  # OSError: gone since it was read
             wrong.append(str(e))
             continue
         sizes["{}x{}".format(*image.shape)] += 1
-        modes[" ".join(_mode(dataset, path) for path in (item.image, item.label) if path)] += 1
         if label is not None:
             pixels += np.bincount(label.ravel(), minlength=256)
     return pixels, sizes, modes, wrong
@@ -739,17 +776,26 @@ def _print_report(report: dict) -> None:
     print(f"{len(report['problems'])} wrong files")
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, as those of wrong files."""
+
+    def error(self, message: str) -> None:
+        raise InputError(f"{message} (--help lists the flags)")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line. Exit status 0: clean, 1: wrong files were found, 2: unusable input."""
-    parser = argparse.ArgumentParser(prog="data.py", description="Read every file of a data set and report.")
+    parser = Parser(prog="data.py", description="Read every file of a data set and report.")
     parser.add_argument("action", choices=["check"])
     parser.add_argument("--data", choices=list(SETTINGS), default="synthetic")
     parser.add_argument("--root", help="the data set's folder")
     parser.add_argument("--split", choices=SPLITS, help="default: all that are there")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    args = parser.parse_args(argv)
     try:
+        args = parser.parse_args(argv)
+        if args.workers < 0:
+            raise InputError(f"--workers {args.workers}: expected 0 or more")
         report = check(args.data, args.root, args.split, workers=args.workers, progress=True)
     except InputError as e:
         print(e, file=sys.stderr)
