@@ -355,7 +355,7 @@ class ResNet(nn.Module):
         self.channels = tuple(width * expansion for width in (128, 256, 512))
         self.recompute = False
         for m in self.modules():
-            if isinstance(m, nn.Conv2d):
+            if isinstance(m, nn.Conv2d) and not m.weight.is_meta:  # for which torch would import its compiler, for seconds
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -486,6 +486,9 @@ def build(config: Config, context: Callable[[int, int], nn.Module] | None = None
     c = config
     dnl = c.context in ("dnl", "nl")
     gr, lr = (c.gr, c.lr) if c.context == "dnl" else (False, False)
+    if min(c.num_classes, c.channels) < 1 or not 0 <= c.kernel <= 31 or not 0 <= c.dropout < 1:
+        raise ValueError(f"{c.num_classes} classes, {c.channels} channels, kernel {c.kernel}, dropout {c.dropout}: expected 1 or "
+                         "more, 1 or more, 0 to 31, 0 or more and below 1")
     if c.p_from not in ("feature", "res3"):
         raise ValueError(f"p_from {c.p_from!r}: expected 'feature' or 'res3'")
     if c.p_supervised and not (gr and c.p_from == "feature"):
@@ -502,8 +505,8 @@ def build(config: Config, context: Callable[[int, int], nn.Module] | None = None
 # ---------------------------------------------------------------------------------------------------- weights
 
 
-def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Load `state` into `module`, or raise ValueError that lists the missing, unexpected and misshapen keys.
+def check_fit(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """ValueError, with the missing, unexpected and misshapen keys, where `state` is not one of `module`, be it on the meta device.
 
     `num_batches_tracked` may be missing, as in files older than it. source: what the error calls the state.
     """
@@ -515,6 +518,11 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str) -> 
     if missing or unexpected or shapes:
         lists = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
         raise ValueError(f"{source} does not fit: " + "; ".join(f"{name}: {', '.join(keys)}" for name, keys in lists if keys))
+
+
+def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Load `state` into `module`, or raise `check_fit`'s ValueError and load nothing."""
+    check_fit(module, state, source)
     module.load_state_dict(state, strict=False)
 
 

@@ -13,9 +13,11 @@ import argparse
 import json
 import os
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
@@ -28,7 +30,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 import dnl
-from data import IGNORE, DataSet, InputError, eval_images, normalize, open_dataset
+from data import IGNORE, SETTINGS, DataSet, InputError, Parser, eval_images, normalize, open_dataset, show
 
 VERSION = 1  # of the checkpoint's layout
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -192,23 +194,57 @@ def find_factory(context: str) -> Callable[[int, int], nn.Module] | None:
         sys.path.pop(0)
 
 
+FIELDS = {"version": int, "model": {str: Tensor}, "config": {str: (str, int, float)}, "data": str, "root": (str, type(None)),
+          "classes": [str], "colors": [[int]], "amp": str}  # what every script reads of a checkpoint
+
+
+def of_kind(value: Any, kind: Any) -> bool:
+    """Whether a value read from a file is of a kind: types, or [kind] or {kind: kind} of all that is in it."""
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(of_kind(v, kind[0]) for v in value)
+    if isinstance(kind, dict):
+        (key, inner), = kind.items()
+        return isinstance(value, dict) and all(of_kind(k, key) and of_kind(v, inner) for k, v in value.items())
+    return isinstance(value, kind)
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint's dict, on the CPU. InputError when it is missing, damaged (the zip's own checksums) or of another kind."""
+    """A checkpoint's dict, on the CPU. InputError when it is missing, damaged (the zip's own checksums), of another kind, or
+    its fields are not as train.py writes them."""
+    ours = "give a .pt file that train.py wrote"
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise InputError(f"{show(path)}: no such checkpoint: {ours}")
     try:
-        with zipfile.ZipFile(path) as z:
+        with zipfile.ZipFile(path) as z, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd pickles: one line is enough
+            if sum(entry.file_size for entry in z.infolist()) > os.path.getsize(path):
+                raise ValueError("compressed, which torch.save does not")  # and could be without end
             bad = z.testzip()
-        if bad:
-            raise InputError(f"{path}: damaged at {bad}: use the previous one or train again")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such checkpoint: give a .pt file that train.py wrote") from None
+            if bad:
+                raise InputError(f"{show(path)}: damaged at {show(bad)}: use the previous one or train again")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
     except Exception as e:  # a damaged file can fail in any of the layers that parse it
-        raise InputError(f"{path}: not a readable checkpoint ({type(e).__name__}): give a .pt file that train.py wrote") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("version") != VERSION:
-        raise InputError(f"{path}: not a checkpoint of this version ({VERSION}): give a .pt file that train.py wrote")
+        raise InputError(f"{show(path)}: not a readable checkpoint ({type(e).__name__}): {ours}") from None
+    if not isinstance(checkpoint, dict) or not of_kind(checkpoint.get("version"), int) or checkpoint["version"] != VERSION:
+        raise InputError(f"{show(path)}: not a checkpoint of this version ({VERSION}): {ours}")
+    wrong = [name for name, kind in FIELDS.items() if name not in checkpoint or not of_kind(checkpoint[name], kind)]
+    wrong = wrong or wrong_values(checkpoint)
+    if wrong:
+        raise InputError(f"{show(path)}: the fields {', '.join(wrong)} are missing or not as they should be: {ours}")
     return checkpoint
+
+
+def wrong_values(checkpoint: dict[str, Any]) -> list[str]:
+    """The fields of a checkpoint, all of the right kind, whose values cannot be."""
+    c, names, colors = checkpoint["config"], checkpoint["classes"], checkpoint["colors"]
+    default = asdict(dnl.PAPER)
+    right = {"config": c.keys() == default.keys() and all(type(c[k]) is type(default[k]) for k in c),
+             "classes": 0 < len(set(names)) == len(names) == c.get("num_classes") <= IGNORE and all(map(str.isprintable, names)),
+             "colors": len(colors) == len(names) and all(len(x) == 3 and 0 <= min(x) <= max(x) <= 255 for x in colors),
+             "data": checkpoint["data"] in SETTINGS, "amp": checkpoint["amp"] in AMP}
+    return [name for name in right if not right[name]]
 
 
 def write(path: Path, save: Callable[[Any], Any]) -> None:
@@ -228,6 +264,17 @@ def write(path: Path, save: Callable[[Any], Any]) -> None:
         raise
 
 
+def check_weights(model: dict[str, Tensor], blank: nn.Module, size: int) -> None:
+    """ValueError where a file of so many bytes cannot have held these weights of the network, or not all are finite."""
+    dnl.check_fit(blank, model, "the model")
+    own = blank.state_dict()
+    wrong = [k for k, t in model.items() if (t.dtype, t.layout, t.device.type) != (own[k].dtype, torch.strided, "cpu")]
+    if wrong or sum(t.nbytes for t in model.values()) > size:
+        raise ValueError(f"the model does not fit: of another type, or larger than the file: {', '.join(wrong)}")
+    if not all(t.isfinite().all() for t in model.values()):
+        raise ValueError("the model's weights are not all finite")
+
+
 def load_network(path: str | Path, device: torch.device, context: str | None = None) -> tuple[dnl.Network, dict[str, Any]]:
     """The network of a checkpoint, rebuilt, filled, in eval mode and channels_last on the device; and the checkpoint.
 
@@ -235,13 +282,17 @@ def load_network(path: str | Path, device: torch.device, context: str | None = N
     """
     checkpoint = read_checkpoint(path)
     try:
-        config = dnl.Config(**checkpoint["config"])
+        config, model = dnl.Config(**checkpoint["config"]), checkpoint["model"]
         if ":" in config.context and context != config.context:
-            raise InputError(f"{path}: trained with --context {config.context}; name it again to let it be imported")
-        net = dnl.build(config, find_factory(config.context))
-        dnl.load_strict(net, checkpoint["model"], str(path))
-    except (KeyError, TypeError, ValueError) as e:
-        raise e if isinstance(e, InputError) else InputError(f"{path}: {e}") from None
+            raise InputError(f"{show(path)}: trained with --context {show(config.context)}; name it again to let it be imported")
+        factory = find_factory(config.context)
+        with torch.device("meta"):  # sizes alone: those of a broken file could be anything
+            blank = dnl.build(config, factory)
+        check_weights(model, blank, os.path.getsize(path))
+        net = dnl.build(config, factory)
+        dnl.load_strict(net, model, "the model")
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise e if isinstance(e, InputError) else InputError(f"{show(path)}: {show(str(e))}") from None
     return net.to(device, memory_format=torch.channels_last).eval(), checkpoint
 
 
@@ -252,13 +303,6 @@ def run_script(main: Callable[[], int | None]) -> None:
     except InputError as e:
         print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
         sys.exit(2)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, as those of wrong files."""
-
-    def error(self, message: str) -> None:
-        raise InputError(f"{message} (--help lists the flags)")
 
 
 # -------------------------------------------------------------------------------------------------------- pictures
@@ -324,7 +368,7 @@ def open_like(checkpoint: dict[str, Any], data: str | None, root: str | None, sp
     """The data set that a checkpoint was trained on, or the named one; InputError when their classes differ."""
     dataset = open_dataset(data or checkpoint["data"], root or (None if data else checkpoint["root"]), split)
     if list(dataset.classes) != list(checkpoint["classes"]):
-        raise InputError(f"{source}: trained on {len(checkpoint['classes'])} classes ({', '.join(checkpoint['classes'][:3])}, ...), "
+        raise InputError(f"{show(source)}: trained on {len(checkpoint['classes'])} classes ({', '.join(checkpoint['classes'][:3])}, ...), "
                          f"the data set has {len(dataset.classes)} ({', '.join(dataset.classes[:3])}, ...)")
     return dataset
 
@@ -336,11 +380,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         net, checkpoint = load_network(args.checkpoint, device, args.context)
         dataset = open_like(checkpoint, args.data, args.root, args.split, args.checkpoint)
         amp = choose_amp(args.amp or checkpoint["amp"], device)
-        show = rank == 0 and sys.stderr.isatty()
+        live = rank == 0 and sys.stderr.isatty()
         matrix = evaluate(net, dataset, device=device, rank=rank, world=world, workers=args.workers, scales=args.scales,
                           flip=args.flip, crop=args.crop, amp=AMP[amp],
-                          progress=lambda done, n: show and print(f"\r{done}/{n} images", end="", file=sys.stderr))
-        if show:
+                          progress=lambda done, n: live and print(f"\r{done}/{n} images", end="", file=sys.stderr))
+        if live:
             print(file=sys.stderr)
         result = scores(matrix)
         if rank == 0:
