@@ -2134,7 +2134,8 @@ def test_mutated_checkpoints(tmp_path, monkeypatch):
             path.write_bytes(zipped_again(rng, raws[0], b"(lp0\n."))
             legal = None
         else:  # of structure
-            legal = [spoiled(rng, whole[0])]
+            key = (*whole[0], "config", "config", "config", "config", "model", "classes", "colors")[rng.integers(len(whole[0]) + 7)]
+            legal = [whole[0] | {key: spoiled(rng, whole[0][key], 1)} if number % 2 else spoiled(rng, whole[0])]
             torch.save(legal[0], path)
         got = refused(lambda: evaluate.load_network(path, torch.device("cpu")), path, case)
         counts["refused" if got is None else "correct"] += 1
