@@ -17,7 +17,7 @@ import subprocess
 import sys
 import textwrap
 import time
-import warnings
+import weakref
 import zipfile
 import zlib
 from collections import Counter
@@ -626,6 +626,19 @@ def test_dnl_imports_torch_and_the_standard_library_and_only_defines():
     assert [node.value.value for node in tree.body if isinstance(node, ast.Expr)] == [dnl.__doc__]
 
 
+def test_three_packages_are_all_that_is_needed():
+    """Promise: nothing compiled, no package but those of requirements.txt. Imports within functions count too."""
+    files = [p for p in (*HERE.glob("*.py"), *HERE.glob("paper/*.py")) if not p.name.startswith("test_")]
+    nodes = [node for p in files for node in ast.walk(ast.parse(p.read_text(encoding="utf-8")))]
+    names = {a.name for node in nodes if isinstance(node, ast.Import) for a in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    own = {p.stem for p in files} | {"paper"}
+    assert {n.split(".")[0] for n in names} - sys.stdlib_module_names - own == {"torch", "numpy", "PIL"}
+    lines = (HERE / "requirements.txt").read_text().splitlines()
+    assert [re.match("[a-z]+", line)[0] for line in lines] == ["torch", "numpy", "pillow", "pytest"]
+    assert not [p for top in (HERE, HERE / "paper") for p in top.iterdir() if p.suffix in (".c", ".cpp", ".cu", ".pyx", ".so")]
+
+
 def test_importing_dnl_draws_no_random_number_and_changes_no_setting(tmp_path):
     shutil.copy(HERE / "dnl.py", tmp_path)
     done = run_python(textwrap.dedent("""
@@ -1133,6 +1146,7 @@ def drawn_bits(rng, h, w):
     return png_of_bits(values, depth, kind), shown
 
 
+@pytest.mark.filterwarnings("ignore:.*:UserWarning:PIL")
 def test_mutated_images(tmp_path):
     """PNG has checksums: the image that was written, or refused. The others: what Pillow decodes, or refused."""
     path, counts = tmp_path / "an image", Counter()
@@ -1153,8 +1167,7 @@ def test_mutated_images(tmp_path):
             continue
         assert got.dtype == np.uint8 and got.ndim == 3 and got.shape[2] == 3 and right is not None, case
         if changed and form != "PNG" or right is ...:
-            with warnings.catch_warnings(), Image.open(io.BytesIO(path.read_bytes())) as image:
-                warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(path.read_bytes())) as image:
                 image.info.pop("transparency", None)
                 right = second = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
         near = 1 if mode == "CMYK" else 0
@@ -1718,6 +1731,23 @@ class Linear(torch.nn.Module):
     def forward(self, x):
         w = torch.tensor([[1.0, -0.5, 0.2], [0.1, 0.4, -1.0]], dtype=x.dtype)
         return torch.einsum("nc,bchw->bnhw", w, x) + x.mean((1, 2, 3))[:, None, None, None] * torch.tensor([1.0, 0]).view(1, 2, 1, 1)
+
+
+def test_evaluation_keeps_no_image(monkeypatch):
+    """Promise: validation does not fill the memory. Of 30 images and their outputs, two at most are alive at any time."""
+    made, net, dataset = [], Linear(), data.DataSet("folder", "val", ("a", "b"), ((0, 0, 0), (1, 1, 1)), (data.Item(Path(), Path()),))
+    monkeypatch.setattr(net, "forward", lambda x: made.append(weakref.ref(out := x[:, :2] + 0)) or out)
+
+    def images(*args):
+        for index in range(30):
+            assert sum(one() is not None for one in made) <= 4
+            image, label = torch.full((3, 8, 9), index, dtype=torch.uint8), torch.zeros(8, 9, dtype=torch.uint8)
+            made.append(weakref.ref(image))
+            yield index, image, label
+
+    monkeypatch.setattr(evaluate, "eval_images", images)
+    matrix = evaluate.evaluate(net, dataset, device=torch.device("cpu"))
+    assert matrix.sum() == 30 * 72 and len(made) == 60
 
 
 def test_prediction_averages_scales_flips_and_windows():
