@@ -2136,6 +2136,28 @@ def test_result_that_cannot_be_written_is_named(checkpoint, photo, tmp_path, cap
     assert "photo.png: cannot be written" in capsys.readouterr().err
 
 
+def test_image_without_result_leaves_the_others(checkpoint, photo, tmp_path, capsys, monkeypatch):
+    errors = {41: lambda: torch.empty(2**60, dtype=torch.uint8), 42: lambda: np.empty(2**60, np.uint8),
+              43: lambda: Image.new("L", (9, 9)).resize((0, 9)), 44: lambda: torch.ones(2) @ torch.ones(3)}
+    whole = predict.predict_ids
+
+    def failing(net, image, **options):
+        errors.get(image.shape[2], tuple)()
+        return whole(net, image, **options)
+
+    monkeypatch.setattr(predict, "predict_ids", failing)
+    for width in (41, 42, 43):
+        Image.fromarray(blocks(40, width)).save(photo.with_name(f"{width}.png"))
+    assert run(checkpoint, photo.parent, "--out", tmp_path / "o") == 1
+    assert files(tmp_path / "o") == ["photo.png", "photo_overlay.png"]
+    told = capsys.readouterr().err.splitlines()
+    assert all(f"{n}.png: out of memory: give --crop" in line for n, line in zip((41, 42), told))
+    assert "43.png: no result (ValueError" in told[2] and "3 failed" in told[3]
+    Image.fromarray(blocks(40, 44)).save(photo.with_name("44.png"))
+    with pytest.raises(RuntimeError, match="size"):  # not of the image: all of them would fail
+        run(checkpoint, photo.parent, "--out", tmp_path / "p")
+
+
 def test_two_ranks_give_the_files_of_one(checkpoint, photo, tmp_path):
     for i in range(3):
         Image.fromarray(blocks(40, 40 + i, i)).save(photo.with_name(f"{i}.png"))
@@ -2169,6 +2191,10 @@ def test_cityscapes_files_score_as_evaluate_does(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "3 not 2048x1024" in said and "3 files; the server expects the 1525" in said and "missing" not in said
     assert files(out) == sorted(f"{frame}_pred_labelIds.png" for frame in frames)
+    status, texts = ranks(2, predict.main, checkpoint, root / "leftImg8bit" / "val", "--out", tmp_path / "two", "--format",
+                          "cityscapes", "--workers", "0", said=tmp_path / "said")
+    assert status == [0, 0] and "3 files; the server expects the 1525" in texts[0]
+    assert all((tmp_path / "two" / name).read_bytes() == (out / name).read_bytes() for name in files(out))
     matrix = np.zeros((19, 19), int)
     for frame in frames:
         [guess] = out.glob(f"{frame}*.png")  # as cityscapesScripts looks for it
@@ -2193,6 +2219,14 @@ def test_check_server_lists_what_the_server_refuses(tmp_path, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 4 and "missing: c_" in lines[0] and "old.png" in lines[1] and ": b_" in lines[2]
     assert not any("a_0" in line for line in lines)
+
+
+def test_check_server_has_nothing_to_say_of_the_whole_split(tmp_path, capsys):
+    Image.new("L", (2048, 1024)).save(tmp_path / "0.png")
+    for i in range(1, 1525):
+        os.link(tmp_path / "0.png", tmp_path / f"{i}.png")
+    predict.check_server(tmp_path, [str(i) for i in range(1525)])
+    assert capsys.readouterr().err == ""
 
 
 def test_cityscapes_needs_its_names_and_classes(checkpoint, photo, tmp_path):

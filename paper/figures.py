@@ -146,7 +146,7 @@ def read_log(run: str) -> list[dict]:
     return epochs
 
 
-def ticks(low: float, high: float, about: int = 5) -> list[float]:
+def ticks(low: float, high: float, about: int = 8) -> list[float]:
     """Round numbers (1, 2 or 5 times a power of ten apart) from low to high, at most `about` + 1 of them."""
     rough = max(high - low, 1e-9) / about
     power = 10.0 ** math.floor(math.log10(rough))
@@ -170,7 +170,7 @@ def panel(title: str, lines: Sequence[Sequence[tuple[float, float]]], colors: Se
     for y in ticks(low, high):
         draw.line((left, place(0, y)[1], right, place(0, y)[1]), (225, 225, 225), 2)
         draw.text((left - 10, place(0, y)[1]), f"{y:g}", "black", font, anchor="rm")
-    for x in ticks(0, x_end):
+    for x in ticks(0, x_end, min(8, x_end)):  # whole epochs
         draw.text((place(x, low)[0], bottom + 8), f"{x:g}", "black", font, anchor="mt")
     draw.text((right, size[1] - 26), "epoch", "black", font, anchor="rt")
     draw.line((left, top, left, bottom, right, bottom), "black", 2)

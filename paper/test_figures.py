@@ -61,10 +61,11 @@ def test_region_colours_the_mask_only():
     assert out.tolist() == [[[165, 35, 61], [50, 50, 50]]]
 
 
-@pytest.mark.parametrize("low, high, expected", [(0, 36, [0, 10, 20, 30]), (0.21, 0.52, [0.3, 0.4, 0.5]), (0, 4, [0, 1, 2, 3, 4]),
-                                                 (0.99, 1.01, [0.99, 0.995, 1, 1.005, 1.01])])
-def test_ticks(low, high, expected):
-    assert figures.ticks(low, high) == expected
+@pytest.mark.parametrize("low, high, about, expected", [
+    (0, 36, 8, [0, 5, 10, 15, 20, 25, 30, 35]), (0.21, 0.52, 5, [0.3, 0.4, 0.5]), (0, 1, 1, [0, 1]), (0, 3, 3, [0, 1, 2, 3]),
+    (0.99, 1.01, 5, [0.99, 0.995, 1, 1.005, 1.01])])
+def test_ticks(low, high, about, expected):
+    assert figures.ticks(low, high, about) == expected
 
 
 def test_panel_places_points():
