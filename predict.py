@@ -250,13 +250,13 @@ def _some(names: Sequence[Path | str], most: int = 20) -> str:
 
 @dataclass(frozen=True)
 class _Images:
-    """index -> (index, image (H, W, 3) uint8, or the InputError that tells why there is none)."""
+    """index -> (index, image (H, W, 3) uint8, or the error that tells why there is none)."""
     paths: list[Path]
 
-    def __getitem__(self, index: int) -> tuple[int, np.ndarray | InputError]:
+    def __getitem__(self, index: int) -> tuple[int, np.ndarray | Exception]:
         try:
             return index, np.array(decode_image(self.paths[index]))
-        except InputError as e:
+        except (InputError, MemoryError) as e:
             return index, e
 
 
@@ -359,8 +359,8 @@ def reason(e: Exception, path: Path) -> str:
 
 
 def work(found: list[tuple[Path, str]], net: nn.Module, checkpoint: dict[str, Any], args: argparse.Namespace, rank: int,
-         world: int, device: torch.device) -> tuple[int, int]:
-    """Do images rank, rank + world, ... Returns how many were done and how many failed, over all ranks."""
+         world: int, device: torch.device) -> int:
+    """Do images rank, rank + world, ... Returns how many failed, over all ranks."""
     counts, start = torch.zeros(2, dtype=torch.int64), time.monotonic()
     amp = AMP[choose_amp(args.amp or checkpoint["amp"], device)]
     loader = DataLoader(_Images([path for path, _ in found]), batch_size=None, num_workers=args.workers,
@@ -368,7 +368,7 @@ def work(found: list[tuple[Path, str]], net: nn.Module, checkpoint: dict[str, An
     for index, image in loader:
         path, name = found[index]
         try:
-            if isinstance(image, InputError):
+            if isinstance(image, Exception):
                 raise image
             for end, picture in pictures(image, path, net, checkpoint, args, device, amp).items():
                 save(picture, args.out / (name + end))
@@ -385,7 +385,7 @@ def work(found: list[tuple[Path, str]], net: nn.Module, checkpoint: dict[str, An
     if rank == 0:
         say(f"{done} images to {show(args.out)}, {len(found) / (time.monotonic() - start):.2f} images/s"
             + f"; {failed} failed, named above" * (failed > 0))
-    return done, failed
+    return failed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -405,7 +405,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(f"left out, without an image's ending: {_some(others)}")
         if world > 1:
             dist.barrier()  # no rank writes while another still looks for images
-        _, failed = work(found, net, checkpoint, args, rank, world, device)
+        failed = work(found, net, checkpoint, args, rank, world, device)
         if args.format == "cityscapes" and rank == 0:
             check_server(args.out, [name for _, name in found])
     return 1 if failed else 0
