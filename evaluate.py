@@ -305,6 +305,35 @@ def run_script(main: Callable[[], int | None]) -> None:
         sys.exit(2)
 
 
+FLAGS = {  # spelt and meant alike in the scripts that take a checkpoint
+    "data": {"help": "data set (default: the checkpoint's)"},
+    "root": {"help": "its folder (default: the checkpoint's)"},
+    "split": {"default": "val"},
+    "scales": {"type": float, "nargs": "+", "default": [1.0]},
+    "flip": {"action": "store_true", "help": "average with the mirrored image"},
+    "crop": {"type": int, "help": "sliding windows of this size (default: the whole image)"},
+    "amp": {"choices": ["auto", *AMP], "help": "precision (default: the checkpoint's)"},
+    "context": {"help": "MODULE:FACTORY, again, where training was given one"},
+    "workers": {"type": int, "default": 2, "help": "processes that read images, per rank"},
+    "json": {"action": "store_true", "help": "one JSON object as the last line"}}
+
+
+def add_flags(p: argparse.ArgumentParser, *names: str) -> None:
+    """Add flags of FLAGS to a parser."""
+    for name in names:
+        p.add_argument(f"--{name}", **FLAGS[name])
+
+
+def parse_flags(p: argparse.ArgumentParser, argv: Sequence[str] | None, *names: str) -> argparse.Namespace:
+    """The arguments of a parser and of these FLAGS. InputError for values out of range."""
+    add_flags(p, *names)
+    args = p.parse_args(argv)
+    crop = getattr(args, "crop", None)
+    if min(getattr(args, "scales", [1])) <= 0 or (crop is not None and crop < 1) or args.workers < 0:
+        raise InputError("--scales and --crop must be above 0, --workers 0 or more")
+    return args
+
+
 # -------------------------------------------------------------------------------------------------------- pictures
 
 
@@ -348,20 +377,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments. InputError for values out of range."""
     p = Parser(description="mIoU of a checkpoint", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("checkpoint")
-    p.add_argument("--data", help="data set (default: the checkpoint's)")
-    p.add_argument("--root", help="its folder (default: the checkpoint's)")
-    p.add_argument("--split", default="val")
-    p.add_argument("--scales", type=float, nargs="+", default=[1.0])
-    p.add_argument("--flip", action="store_true", help="average with the mirrored image")
-    p.add_argument("--crop", type=int, help="sliding windows of this size (default: the whole image)")
-    p.add_argument("--amp", choices=["auto", *AMP], help="precision (default: the checkpoint's)")
-    p.add_argument("--context", help="MODULE:FACTORY, again, where training was given one")
-    p.add_argument("--workers", type=int, default=2, help="processes that read images, per rank")
-    p.add_argument("--json", action="store_true", help="one JSON object as the last line")
-    args = p.parse_args(argv)
-    if min(args.scales) <= 0 or (args.crop is not None and args.crop < 1) or args.workers < 0:
-        raise InputError("--scales and --crop must be above 0, --workers 0 or more")
-    return args
+    return parse_flags(p, argv, *FLAGS)
 
 
 def open_like(checkpoint: dict[str, Any], data: str | None, root: str | None, split: str, source: str) -> DataSet:

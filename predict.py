@@ -24,16 +24,18 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import dnl
 from data import ADE20K, CITYSCAPES, LAYOUT, InputError, decode_image, eval_items, normalize, show
-from evaluate import AMP, Parser, choose_amp, colorize, distributed, load_network, predict, run_script, sheet, write
+from evaluate import AMP, Parser, choose_amp, colorize, distributed, load_network, parse_flags, predict, run_script, sheet, write
 
 SIDE = 2048  # of a tile, for up to 64 classes
 SERVER = {"cityscapes": tuple(CITYSCAPES), "ade20k": ADE20K}  # the classes, in the order of the network's outputs
+# from dark to light in even steps of CIE lightness (L* 15 35 55 75 95), so that equal steps of attention look equal
+HEAT = ((42, 12, 111), (151, 22, 121), (229, 78, 95), (251, 167, 57), (249, 244, 166))
 
 # ---------------------------------------------------------------------------------------------------- prediction
 
@@ -45,15 +47,14 @@ def tile_side(num_classes: int, crop: int | None) -> int:
 
 
 def spans(length: int, side: int) -> list[tuple[slice, slice]]:
-    """Tiles of `side` along an axis, as (seen, kept). Kept parts cover 0..length once; at least side // 8 pixels beyond
-    a kept part are seen, unless the image ends there."""
+    """Tiles of at most `side` along an axis, as (seen, kept). Kept parts cover 0..length once; side // 8 pixels beyond a
+    kept part are seen, unless the image ends there."""
     if length <= side:
         return [(slice(0, length), slice(0, length))]
     margin = side // 8
-    count = -(-(length - 2 * margin) // (side - 2 * margin))
-    starts = [round(i * (length - side) / (count - 1)) for i in range(count)]
-    cuts = [0, *((a + side + b) // 2 for a, b in zip(starts, starts[1:])), length]
-    return [(slice(s, s + side), slice(a, b)) for s, a, b in zip(starts, cuts, cuts[1:])]
+    count = -(-length // (side - 2 * margin))
+    cuts = [round(i * length / count) for i in range(count + 1)]
+    return [(slice(max(0, a - margin), min(length, b + margin)), slice(a, b)) for a, b in zip(cuts, cuts[1:])]
 
 
 def tiles(size: tuple[int, int], side: int) -> list[tuple[tuple[slice, slice], tuple[slice, slice]]]:
@@ -83,63 +84,97 @@ def predict_ids(net: nn.Module, image: Tensor, *, device: torch.device, side: in
 # ---------------------------------------------------------------------------------------------------------- pictures
 
 
-def overlay(image: Image.Image, ids: np.ndarray, colors: Sequence[Sequence[int]]) -> Image.Image:
-    """The image half covered by its classes' colours."""
-    return Image.blend(image, colorize(ids, colors).resize(image.size, Image.Resampling.NEAREST).convert("RGB"), 0.5)
+def overlay(image: Tensor, title: str, ids: np.ndarray, checkpoint: dict[str, Any]) -> Image.Image:
+    """An image (H, W, 3) uint8, brought to 2048 pixels at most, half covered by its classes' colours, under a title and
+    over a legend of the classes in ids (H, W)."""
+    photo = Image.fromarray(image.numpy())
+    photo.thumbnail((2048, 2048), Image.Resampling.BILINEAR)  # it is to be looked at
+    mask = colorize(ids, checkpoint["colors"]).resize(photo.size, Image.Resampling.NEAREST).convert("RGB")
+    padded = Image.new("RGB", (max(320, photo.width), photo.height), "white")  # room for title and legend
+    padded.paste(Image.blend(photo, mask, 0.5))
+    legend = ([checkpoint[key][i] for i in np.unique(ids)] for key in ("classes", "colors"))
+    return sheet([[padded]], [title], *legend, padded.width)
 
 
-def page(panels: Sequence[Image.Image], titles: Sequence[str], ids: np.ndarray, checkpoint: dict[str, Any],
-         limit: int) -> Image.Image:
-    """Pictures of one size side by side, at most `limit` pixels long each, over a legend of the classes in ids."""
-    fit = min(1, limit / max(panels[0].size))
-    size = tuple(max(1, round(n * fit)) for n in panels[0].size)
-    padded = [Image.new("RGB", (max(320, size[0]), size[1]), "white") for _ in panels]  # room for title and legend
-    for whole, panel in zip(padded, panels):
-        whole.paste(panel.resize(size, Image.Resampling.BILINEAR))
-    present = np.unique(ids)
-    legend = ([checkpoint[key][i] for i in present] for key in ("classes", "colors"))
-    return sheet([padded], titles, *legend, padded[0].width)
+def heat(x: np.ndarray) -> np.ndarray:
+    """Values 0..1 of any shape to colours (..., 3) uint8, their lightness even in the value."""
+    points = np.linspace(0, 1, len(HEAT))
+    return np.stack([np.interp(x, points, channel) for channel in zip(*HEAT)], -1).round().astype(np.uint8)
+
+
+def attention_inputs(net: dnl.Network, image: Tensor) -> tuple[Tensor, Tensor, Tensor | None, tuple[int, int]]:
+    """Q, K (1, C', N), P (1, n, N) or None without GR, in fp32, and F's size, of an image (3, H, W), 0..255, on the
+    network's device."""
+    *_, f, p = net.features(normalize(image[None]).contiguous(memory_format=torch.channels_last))
+    q, k, _, p = net.context.inputs(f, p)
+    return q, k, p, tuple(f.shape[2:])
 
 
 @torch.inference_mode()
-def attention_maps(net: nn.Module, image: Tensor, at: tuple[int, int]) -> dict[str, Tensor]:
-    """What the pixel (x, y) of an image (3, H, W) receives: its rows of A, P_class, A', A'' (Fig. 4), each (h, w) as F.
-
-    The image is taken whole, in fp32. P_class only with GR. The network's context must be a DenoisedNonLocal.
-    """
-    *_, f, p = net.features(normalize(image[None]).contiguous(memory_format=torch.channels_last))
-    q, k, _, p = net.context.inputs(f, p)
-    size = (h, w) = tuple(f.shape[2:])
-    x, y = (round(a * (n - 1) / max(1, m - 1)) for a, n, m in zip(at, (w, h), (image.shape[2], image.shape[1])))
-    queries = torch.tensor([y * w + x], device=f.device)
-    a, rectified, retained = dnl.denoised_maps(q, k, p, size, net.context.kernel, queries)
-    gate = {} if p is None else {"P_class": dnl.class_affinity(p, queries)}
-    rows = {"A": a} | gate | {"A'": rectified, "A''": retained}
-    return {name: row[0, 0].unflatten(0, size) for name, row in rows.items()}
-
-
-def attention_page(net: nn.Module, image: Tensor, ids: np.ndarray, at: tuple[int, int], checkpoint: dict[str, Any], *,
-                   device: torch.device, side: int) -> Image.Image:
-    """The prediction with the pixel marked, and its maps over the image, each from 0 to its largest value, told in the
-    title. Of an image that goes by tiles, the tile that the pixel's class is from."""
-    seen = next(s for s, (rows, columns) in tiles(ids.shape, side) if at[1] < rows.stop and at[0] < columns.stop)
-    image, ids = image[:, *seen], ids[seen]
-    x, y = at[0] - seen[1].start, at[1] - seen[0].start
-    maps = attention_maps(net, image.to(device), (x, y))
-    photo = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-    marked, r = overlay(photo, ids, checkpoint["colors"]), max(2, photo.width // 60)
-    ImageDraw.Draw(marked).ellipse((x - r, y - r, x + r, y + r), outline="white", width=max(1, r // 3))
-    titles = [f"pixel {at[0]},{at[1]}", *(f"{name}, max {float(m.max()):.2g}" for name, m in maps.items())]
-    return page([marked, *(_heat(photo, m) for m in maps.values())], titles, ids, checkpoint, limit=480)
+def attention_maps(net: dnl.Network, image: Tensor, pixel: tuple[int, int]) -> dict[str, Tensor]:
+    """What a pixel (x, y) of an image (3, H, W) receives: its rows of A, A', A'' (Fig. 4) and P_class, title -> (h, w) at
+    F's size, float32 on the CPU. Maps of parts that the network lacks are left out. The image is taken whole."""
+    q, k, p, size = attention_inputs(net, image)
+    # nearest, corners on corners
+    x, y = (round(at * (n - 1) / max(1, m - 1)) for at, n, m in zip(pixel, size[::-1], (image.shape[2], image.shape[1])))
+    query = torch.tensor([y * size[1] + x], device=image.device)
+    a, rectified, retained = dnl.denoised_maps(q, k, p, size, net.context.kernel, query)
+    maps = {"A": a}
+    if p is not None:
+        maps["A' (after GR)"] = rectified
+    if net.context.kernel:
+        maps["A'' (after LR)"] = retained
+    if p is not None:
+        maps["P_class"] = dnl.class_affinity(p, query)
+    return {title: m[0, 0].unflatten(0, size).cpu() for title, m in maps.items()}
 
 
-def _heat(photo: Image.Image, m: Tensor) -> Image.Image:
-    """A map (h, w) over the photo in grey: from nothing over red to yellow."""
-    level = Image.fromarray((m / m.max().clamp_min(1e-30) * 255).byte().cpu().numpy())
-    level = level.resize(photo.size, Image.Resampling.BILINEAR)
-    color = Image.merge("RGB", (level.point(lambda v: min(255, 2 * v)), level.point(lambda v: max(0, 2 * v - 255)),
-                                Image.new("L", photo.size)))
-    return Image.composite(color, photo.convert("L").point(lambda v: 0.6 * v).convert("RGB"), level)
+def overlay_map(image: Image.Image, values: Tensor) -> Image.Image:
+    """A map (h, w), scaled by its own maximum, in colours over the grey picture, at the picture's size."""
+    full = dnl.resize(values[None, None], (image.height, image.width))[0, 0].numpy()
+    colors = heat(full / max(float(values.max()), 1e-30)).astype(np.float32)
+    grey = np.asarray(image.convert("L"), np.float32)[..., None] / 255
+    return Image.fromarray((0.7 * colors + 0.3 * 255 * grey).round().astype(np.uint8))
+
+
+def marked(image: Image.Image, at: tuple[float, float], caption: str) -> Image.Image:
+    """A copy with a green cross, edged in black, at (x, y), over its caption."""
+    out = Image.new("RGB", (image.width, image.height + 20), "white")
+    out.paste(image)
+    draw, (x, y), arm = ImageDraw.Draw(out), at, max(5, image.width // 28)
+    for color, width, reach in (("black", 5, arm + 1), ((0, 255, 0), 3, arm)):
+        draw.line((x - reach, y, x + reach, y), color, width)
+        draw.line((x, y - reach, x, y + reach), color, width)
+    draw.rectangle((0, image.height, *out.size), "white")
+    draw.text((0, image.height + 1), caption, "dimgray", ImageFont.load_default(14))
+    return out
+
+
+def attention_row(net: dnl.Network, image: Tensor, pixel: tuple[int, int], caption: str,
+                  width: int) -> dict[str, Image.Image]:
+    """Title -> picture of the image, with its caption, and of each of `attention_maps` over it, the pixel marked, for a
+    sheet `width` wide. image (3, H, W) uint8 on the network's device; more than 4 times as high as wide it is squeezed."""
+    (H, W), maps = image.shape[1:], attention_maps(net, image, pixel)
+    across = max(1, (width - 6) // (len(maps) + 1) - 6)
+    small = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy()).resize(
+        (across, max(1, min(4 * across, round(H * across / W)))), Image.Resampling.BILINEAR)
+    at = ((pixel[0] + 0.5) * small.width / W, (pixel[1] + 0.5) * small.height / H)
+    return {"image": marked(small, at, caption)} | {
+        title: marked(overlay_map(small, m), at, f"max {m.max():.3g}") for title, m in maps.items()}
+
+
+def attention_sheet(rows: Sequence[dict[str, Image.Image]]) -> Image.Image:
+    """Rows of `attention_row` under their titles, and the colour scale: each map goes to its own maximum (Figs. 1, 11)."""
+    return sheet([[*row.values()] for row in rows], [*rows[0]], ("0", "1/4", "1/2", "3/4", "max"), HEAT,
+                 rows[0]["image"].width)
+
+
+def attention_page(net: dnl.Network, image: Tensor, pixel: tuple[int, int], caption: str, *, device: torch.device,
+                   side: int) -> Image.Image:
+    """The sheet of one pixel of an image (3, H, W) uint8. Of an image that goes by tiles, the tile that its class is from."""
+    rows, columns = next(s for s, (ys, xs) in tiles(image.shape[1:], side) if pixel[1] < ys.stop and pixel[0] < xs.stop)
+    at = (pixel[0] - columns.start, pixel[1] - rows.start)
+    return attention_sheet([attention_row(net, image[:, rows, columns].to(device), at, caption, 2400)])
 
 
 # ------------------------------------------------------------------------------------------------------------- files
@@ -215,17 +250,41 @@ def _some(names: Sequence[Path | str], most: int = 20) -> str:
 
 @dataclass(frozen=True)
 class _Images:
-    """index -> (index, image (H, W, 3) uint8, or the InputError that tells why there is none)."""
+    """index -> (index, image (H, W, 3) uint8, or the error that tells why there is none)."""
     paths: list[Path]
 
-    def __getitem__(self, index: int) -> tuple[int, np.ndarray | InputError]:
+    def __getitem__(self, index: int) -> tuple[int, np.ndarray | Exception]:
         try:
             return index, np.array(decode_image(self.paths[index]))
-        except InputError as e:
+        except (InputError, MemoryError) as e:
             return index, e
 
 
 # -------------------------------------------------------------------------------------------------------- the script
+
+
+def pixel_of(text: str) -> tuple[int, int]:
+    """X,Y as given on the command line."""
+    try:
+        x, y = map(int, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected X,Y in whole pixels, as 120,200") from None
+    return x, y
+
+
+def require_pixel(pixel: tuple[int, int], W: int, H: int, source: Path | str) -> None:
+    """InputError unless the pixel (x, y) lies in the image of W x H that `source` names."""
+    x, y = pixel
+    if not (0 <= x < W and 0 <= y < H):
+        raise InputError(f"{show(source)}: pixel {x},{y} is outside of the image of {W}x{H} (width x height); expected X "
+                        f"0..{W - 1}, Y 0..{H - 1}")
+
+
+def require_attention(net: dnl.Network, source: str) -> None:
+    """InputError unless the network has the maps A, A', A''. source: the checkpoint, for the message."""
+    if not isinstance(net.context, dnl.DenoisedNonLocal):
+        raise InputError(f"{source}: context {net.config.context!r} has no attention maps A, A', A''; "
+                        "give a checkpoint trained with --context dnl or nl")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -237,45 +296,31 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--format", choices=["masks", *SERVER], default="masks",
                    help="palette masks of class ids with overlays, or the files of a test server alone")
     p.add_argument("--confidence", action="store_true", help="also the top class's probability, white is 1")
-    p.add_argument("--attention", metavar="X,Y", help="also the maps of this pixel")
-    p.add_argument("--scales", type=float, nargs="+", default=[1.0])
-    p.add_argument("--flip", action="store_true", help="average with the mirrored image")
-    p.add_argument("--crop", type=int, help="sliding windows of this size (default: the whole image, or tile)")
-    p.add_argument("--amp", choices=["auto", *AMP], help="precision (default: the checkpoint's)")
-    p.add_argument("--context", help="MODULE:FACTORY, again, where training was given one")
-    p.add_argument("--workers", type=int, default=2, help="processes that read images, per rank")
-    args = p.parse_args(argv)
-    if min(args.scales) <= 0 or (args.crop is not None and args.crop < 1) or args.workers < 0:
-        raise InputError("--scales and --crop must be above 0, --workers 0 or more")
-    if args.attention and not re.fullmatch("[0-9]+,[0-9]+", args.attention):
-        raise InputError(f"--attention {args.attention}: expected X,Y, whole pixels from the upper left, as 400,300")
+    p.add_argument("--attention", metavar="X,Y", type=pixel_of, help="also the maps of this pixel")
+    args = parse_flags(p, argv, "scales", "flip", "crop", "amp", "context", "workers")
     if args.format != "masks" and (args.confidence or args.attention):
         raise InputError(f"--format {args.format} writes the server's files alone: leave out --confidence, --attention")
-    args.attention = args.attention and tuple(map(int, args.attention.split(",")))
     return args
 
 
 def pictures(image: Tensor, path: Path, net: nn.Module, checkpoint: dict[str, Any], args: argparse.Namespace,
              device: torch.device, amp: torch.dtype | None) -> dict[str, Image.Image]:
     """All results of an image (H, W, 3) uint8, by the ending of their file's name. InputError: no such pixel in it."""
-    if args.attention and not (args.attention[0] < image.shape[1] and args.attention[1] < image.shape[0]):
-        raise InputError(f"{show(path)}: --attention {args.attention[0]},{args.attention[1]} is outside of the image, "
-                        f"{image.shape[1]} wide and {image.shape[0]} high")
-    side, x, colors = tile_side(len(checkpoint["classes"]), args.crop), image.permute(2, 0, 1), checkpoint["colors"]
+    if args.attention:
+        require_pixel(args.attention, image.shape[1], image.shape[0], path)
+    side, x = tile_side(len(checkpoint["classes"]), args.crop), image.permute(2, 0, 1)
     ids, confidence = predict_ids(net, x, device=device, side=side, scales=args.scales, flip=args.flip, crop=args.crop,
                                   amp=amp)
     if args.format == "cityscapes":
         return {".png": Image.fromarray(np.array([v[0] for v in CITYSCAPES.values()], np.uint8)[ids])}
     if args.format == "ade20k":
         return {".png": Image.fromarray(ids + np.uint8(1))}
-    photo = Image.fromarray(image.numpy())
-    photo.thumbnail((2048, 2048), Image.Resampling.BILINEAR)  # an overlay is to be looked at
-    out = {".png": colorize(ids, colors),
-           "_overlay.png": page([overlay(photo, ids, colors)], [show(path.name)], ids, checkpoint, limit=2048)}
+    out = {".png": colorize(ids, checkpoint["colors"]), "_overlay.png": overlay(image, show(path.name), ids, checkpoint)}
     if args.confidence:
         out["_confidence.png"] = Image.fromarray(confidence)
     if args.attention:
-        out["_attention.png"] = attention_page(net, x, ids, args.attention, checkpoint, device=device, side=side)
+        caption = "{},{} {}".format(*args.attention, checkpoint["classes"][ids[args.attention[::-1]]])
+        out["_attention.png"] = attention_page(net, x, args.attention, caption, device=device, side=side)
     return out
 
 
@@ -302,9 +347,20 @@ def say(line: str, end: str = "\n") -> None:
         print(("\r\033[K" if terminal else "") + line, end=end, file=sys.stderr, flush=True)
 
 
+def reason(e: Exception, path: Path) -> str:
+    """The line that tells why an image has no result. Raises e where it does not come from the image."""
+    if isinstance(e, InputError):
+        return str(e)
+    if isinstance(e, MemoryError) or "out of memory" in str(e) or "allocate memory" in str(e):  # the GPU's; the CPU's
+        return f"{show(path)}: out of memory: give --crop 768, or less"
+    if isinstance(e, RuntimeError):
+        raise e
+    return f"{show(path)}: no result ({type(e).__name__}: {e}): convert it, or remove it"
+
+
 def work(found: list[tuple[Path, str]], net: nn.Module, checkpoint: dict[str, Any], args: argparse.Namespace, rank: int,
-         world: int, device: torch.device) -> tuple[int, int]:
-    """Do images rank, rank + world, ... Returns how many were done and how many failed, over all ranks."""
+         world: int, device: torch.device) -> int:
+    """Do images rank, rank + world, ... Returns how many failed, over all ranks."""
     counts, start = torch.zeros(2, dtype=torch.int64), time.monotonic()
     amp = AMP[choose_amp(args.amp or checkpoint["amp"], device)]
     loader = DataLoader(_Images([path for path, _ in found]), batch_size=None, num_workers=args.workers,
@@ -312,17 +368,14 @@ def work(found: list[tuple[Path, str]], net: nn.Module, checkpoint: dict[str, An
     for index, image in loader:
         path, name = found[index]
         try:
-            if isinstance(image, InputError):
+            if isinstance(image, Exception):
                 raise image
             for end, picture in pictures(image, path, net, checkpoint, args, device, amp).items():
                 save(picture, args.out / (name + end))
             counts[0] += 1
-        except InputError as e:
+        except (ValueError, OSError, SystemError, RuntimeError, MemoryError) as e:  # of this image; the others go on
             counts[1] += 1
-            say(str(e))
-        except torch.OutOfMemoryError:
-            counts[1] += 1
-            say(f"{show(path)}: out of memory of the GPU: give --crop 768, or less")
+            say(reason(e, path))
         if rank == 0:
             rate = counts.sum() * world / (time.monotonic() - start)
             say(f"{index + 1}/{len(found)} images, {rate:.2f} images/s", end="")
@@ -332,7 +385,7 @@ def work(found: list[tuple[Path, str]], net: nn.Module, checkpoint: dict[str, An
     if rank == 0:
         say(f"{done} images to {show(args.out)}, {len(found) / (time.monotonic() - start):.2f} images/s"
             + f"; {failed} failed, named above" * (failed > 0))
-    return done, failed
+    return failed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -346,13 +399,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if tuple(checkpoint["classes"]) != SERVER.get(args.format, tuple(checkpoint["classes"])):
             raise InputError(f"{args.checkpoint}: trained on {checkpoint['data']}; --format {args.format} expects the "
                             f"classes of {args.format}: leave the flag out")
-        if args.attention and not isinstance(net.context, dnl.DenoisedNonLocal):
-            raise InputError(f"{args.checkpoint}: has no non-local block, so no --attention: leave the flag out")
+        if args.attention:
+            require_attention(net, args.checkpoint)
         if others and rank == 0:
             say(f"left out, without an image's ending: {_some(others)}")
         if world > 1:
             dist.barrier()  # no rank writes while another still looks for images
-        _, failed = work(found, net, checkpoint, args, rank, world, device)
+        failed = work(found, net, checkpoint, args, rank, world, device)
         if args.format == "cityscapes" and rank == 0:
             check_server(args.out, [name for _, name in found])
     return 1 if failed else 0

@@ -2534,7 +2534,7 @@ def test_spans_keep_each_pixel_once_with_margin():
             kept = []
             for seen, keep in predict.spans(length, side):
                 assert 0 <= seen.start <= keep.start < keep.stop <= seen.stop <= length
-                assert seen.stop - seen.start == min(side, length)
+                assert seen.stop - seen.start <= side
                 assert seen.start == 0 or keep.start - seen.start >= side // 8
                 assert seen.stop == length or seen.stop - keep.stop >= side // 8
                 kept += range(keep.start, keep.stop)
@@ -2670,6 +2670,28 @@ def test_result_that_cannot_be_written_is_named(checkpoint, photo, tmp_path, cap
     assert "photo.png: cannot be written" in capsys.readouterr().err
 
 
+def test_image_without_result_leaves_the_others(checkpoint, photo, tmp_path, capsys, monkeypatch):
+    errors = {41: lambda: torch.empty(2**60, dtype=torch.uint8), 42: lambda: np.empty(2**60, np.uint8),
+              43: lambda: Image.new("L", (9, 9)).resize((0, 9)), 44: lambda: torch.ones(2) @ torch.ones(3)}
+    whole = predict.predict_ids
+
+    def failing(net, image, **options):
+        errors.get(image.shape[2], tuple)()
+        return whole(net, image, **options)
+
+    monkeypatch.setattr(predict, "predict_ids", failing)
+    for width in (41, 42, 43):
+        Image.fromarray(blocks(40, width)).save(photo.with_name(f"{width}.png"))
+    assert run(checkpoint, photo.parent, "--out", tmp_path / "o") == 1
+    assert files(tmp_path / "o") == ["photo.png", "photo_overlay.png"]
+    told = capsys.readouterr().err.splitlines()
+    assert all(f"{n}.png: out of memory: give --crop" in line for n, line in zip((41, 42), told))
+    assert "43.png: no result (ValueError" in told[2] and "3 failed" in told[3]
+    Image.fromarray(blocks(40, 44)).save(photo.with_name("44.png"))
+    with pytest.raises(RuntimeError, match="size"):  # not of the image: all of them would fail
+        run(checkpoint, photo.parent, "--out", tmp_path / "p")
+
+
 def test_two_ranks_give_the_files_of_one(checkpoint, photo, tmp_path):
     for i in range(3):
         Image.fromarray(blocks(40, 40 + i, i)).save(photo.with_name(f"{i}.png"))
@@ -2703,6 +2725,10 @@ def test_cityscapes_files_score_as_evaluate_does(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "3 not 2048x1024" in said and "3 files; the server expects the 1525" in said and "missing" not in said
     assert files(out) == sorted(f"{frame}_pred_labelIds.png" for frame in frames)
+    status, texts = ranks(2, predict.main, checkpoint, root / "leftImg8bit" / "val", "--out", tmp_path / "two", "--format",
+                          "cityscapes", "--workers", "0", said=tmp_path / "said")
+    assert status == [0, 0] and "3 files; the server expects the 1525" in texts[0]
+    assert all((tmp_path / "two" / name).read_bytes() == (out / name).read_bytes() for name in files(out))
     matrix = np.zeros((19, 19), int)
     for frame in frames:
         [guess] = out.glob(f"{frame}*.png")  # as cityscapesScripts looks for it
@@ -2729,6 +2755,14 @@ def test_check_server_lists_what_the_server_refuses(tmp_path, capsys):
     assert not any("a_0" in line for line in lines)
 
 
+def test_check_server_has_nothing_to_say_of_the_whole_split(tmp_path, capsys):
+    Image.new("L", (2048, 1024)).save(tmp_path / "0.png")
+    for i in range(1, 1525):
+        os.link(tmp_path / "0.png", tmp_path / f"{i}.png")
+    predict.check_server(tmp_path, [str(i) for i in range(1525)])
+    assert capsys.readouterr().err == ""
+
+
 def test_cityscapes_needs_its_names_and_classes(checkpoint, photo, tmp_path):
     with pytest.raises(InputError, match="CITY_SEQUENCE_FRAME"):
         run(checkpoint, photo, "--format", "cityscapes")
@@ -2749,40 +2783,87 @@ def test_ade20k_counts_from_one(photo, tmp_path):
 
 # ---- attention
 
+def lightness(rgb):
+    """CIE L* of sRGB colours (..., 3)."""
+    c = np.asarray(rgb) / 255
+    linear = np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+    return 116 * np.cbrt(linear @ [0.2126, 0.7152, 0.0722]) - 16
+
+
+def test_equal_steps_of_attention_are_equal_steps_of_lightness():
+    steps = np.linspace(0, 1, 33)
+    assert np.abs(lightness(predict.heat(steps)) - (15 + 80 * steps)).max() < 1.5
+
+
 def test_attention_maps_are_the_papers_rows(checkpoint):
     net, _ = evaluate.load_network(checkpoint, CPU)
     image = torch.from_numpy(blocks(65, 97)).permute(2, 0, 1)
-    maps = predict.attention_maps(net, image, (0, 64))  # lower left corner
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)))
     with torch.inference_mode():
         f = net.features(((image - mean) / std)[None])[3]
         q, k, p = (conv(f)[0].double() for conv in (net.context.query, net.context.key, net.context.coarse))
     H, W = f.shape[2:]
-    a = torch.einsum("c,chw->hw", q[:, H - 1, 0], k).flatten().softmax(0).view(H, W)
-    gate = torch.einsum("c,chw->hw", p[:, H - 1, 0], p).sigmoid()
-    retained = torch.zeros(H, W, dtype=torch.float64)
-    for y in range(H):
-        for x in range(W):
-            for v in range(max(0, y - 1), min(H, y + 2)):
-                for u in range(max(0, x - 1), min(W, x + 2)):
-                    retained[y, x] += (q[:, y, x] * k[:, v, u]).sum().sigmoid() * a[v, u] * gate[v, u]
-    for name, expected in (("A", a), ("P_class", gate), ("A'", a * gate), ("A''", retained)):
-        torch.testing.assert_close(maps[name].double(), expected, rtol=1e-3, atol=1e-5)
+    for pixel, (i, j) in {(0, 64): (H - 1, 0), (96, 0): (0, W - 1), (50, 31): (2, 3)}.items():  # corners on corners
+        a = torch.einsum("c,chw->hw", q[:, i, j], k).flatten().softmax(0).view(H, W)
+        gate = torch.einsum("c,chw->hw", p[:, i, j], p).sigmoid()
+        retained = torch.zeros(H, W, dtype=torch.float64)
+        for y in range(H):
+            for x in range(W):
+                for v in range(max(0, y - 1), min(H, y + 2)):
+                    for u in range(max(0, x - 1), min(W, x + 2)):
+                        retained[y, x] += (q[:, y, x] * k[:, v, u]).sum().sigmoid() * a[v, u] * gate[v, u]
+        maps = predict.attention_maps(net, image, pixel)
+        assert list(maps) == ["A", "A' (after GR)", "A'' (after LR)", "P_class"]
+        for got, expected in zip(maps.values(), (a, a * gate, retained, gate)):
+            torch.testing.assert_close(got.double(), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("parts, maps", [(dict(context="nl"), ["A"]), (dict(gr=False), ["A", "A'' (after LR)"])])
+def test_attention_maps_of_parts_that_a_network_lacks_are_left_out(parts, maps):
+    net = dnl.build(replace(dnl.PAPER, num_classes=2, backbone="resnet18", channels=16, **parts)).eval()
+    assert list(predict.attention_maps(net, torch.zeros(3, 33, 33, dtype=torch.uint8), (0, 0))) == maps
+
+
+def test_attention_is_brightest_at_the_maximum():
+    values = torch.zeros(4, 6)
+    values[2, 5] = 1e-7  # maps of many pixels are small: each is scaled by its own maximum
+    out = np.asarray(predict.overlay_map(Image.new("RGB", (91, 61), "black"), values))
+    assert out.shape == (61, 91, 3)
+    assert tuple(np.unravel_index(out.sum(2).argmax(), (61, 91))) == (40, 90)
+    assert np.abs(out[40, 90] - 0.7 * np.array(predict.HEAT[-1])).max() <= 0.5
+    assert np.abs(out[0, 0] - 0.7 * np.array(predict.HEAT[0])).max() <= 0.5
+
+
+@pytest.mark.parametrize("pixel", [(10, 50), (0, 0), (89, 60)])
+def test_attention_sheet_marks_the_pixel_in_every_picture(checkpoint, pixel):
+    net, _ = evaluate.load_network(checkpoint, CPU)
+    image = torch.from_numpy(blocks(61, 90)).permute(2, 0, 1)
+    out = predict.attention_sheet([predict.attention_row(net, image, pixel, "", 900)])
+    width = (900 - 6) // 5 - 6
+    assert abs(out.width - 900) <= 5
+    green = (np.asarray(out) == (0, 255, 0)).all(2)
+    for i in range(5):
+        left = 6 + i * (width + 6)
+        x, y = left + (pixel[0] + 0.5) * width / 90, 22 + (pixel[1] + 0.5) * width / 90
+        assert green[int(y) - 1:int(y) + 2, int(x) - 1:int(x) + 2].any()
+        assert green[:, left:left + width].sum() > 10
 
 
 def test_attention_page_by_tiles_and_outside(checkpoint, photo, tmp_path, capsys):
     assert run(checkpoint, photo, "--out", tmp_path / "o", "--attention", "55,39") == 0
     assert "photo_attention.png" in files(tmp_path / "o")
     assert run(checkpoint, photo, "--out", tmp_path / "p", "--attention", "56,39") == 1
-    assert "photo.png: --attention 56,39 is outside" in capsys.readouterr().err and not (tmp_path / "p").exists()
-    net, saved = evaluate.load_network(checkpoint, CPU)
+    assert "photo.png: pixel 56,39 is outside of the image of 56x40" in capsys.readouterr().err
+    assert not (tmp_path / "p").exists()
+    net, _ = evaluate.load_network(checkpoint, CPU)
     image = torch.from_numpy(blocks(40, 56)).permute(2, 0, 1)
-    whole, tiled = (predict.attention_page(net, image, np.zeros((40, 56), np.uint8), (50, 30), saved, device=CPU, side=s)
-                    for s in (64, 32))
-    assert whole.width == tiled.width and whole.height == tiled.height + 8  # 40 high, and a tile of 32
+    rows, columns = slice(16, 40), slice(33, 56)  # the lower right of six tiles
+    whole, tiled, part = (predict.attention_page(net, i, at, "", device=CPU, side=s) for i, at, s in (
+        (image, (50, 30), 64), (image, (50, 30), 32), (image[:, rows, columns], (17, 14), 64)))
+    assert tiled.size != whole.size and np.array_equal(tiled, part)
 
 
 def test_attention_needs_a_non_local_block(photo, tmp_path):
     checkpoint = make_checkpoint(tmp_path / "none.pt", ["a", "b"], context="none")
-    with pytest.raises(InputError, match="no non-local block"):
+    with pytest.raises(InputError, match="context 'none' has no attention maps"):
         run(checkpoint, photo, "--out", tmp_path / "o", "--attention", "0,0")

@@ -297,12 +297,20 @@ UNITS = {"seconds": ("ms", 1e3), "peak": ("peak MiB", 2**-20), "peak_over_output
          "share": ("share", 1)}
 
 
+def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table whose columns also line up as plain text, all but the first to the right."""
+    cells = [[str(c) for c in row] for row in (header, *rows)]
+    widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(header))]
+    padded = [[row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))] for row in cells]
+    lines = ["| " + " | ".join(row) + " |" for row in padded]
+    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (w + 1) + ":" for w in widths[1:])]) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows for people: a column for each key, figures in the units that its head names."""
-    lines = [[UNITS[key][0] if key in UNITS else key for key in rows[0]]]
-    lines += [[f"{v * UNITS[key][1]:.2f}" if key in UNITS else str(v) for key, v in row.items()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths)) for line in lines)
+    return markdown([UNITS[key][0] if key in UNITS else key for key in rows[0]],
+                    [[f"{v * UNITS[key][1]:.2f}" if key in UNITS else v for key, v in row.items()] for row in rows])
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

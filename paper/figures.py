@@ -18,125 +18,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 import dnl
-from data import IGNORE, InputError, DataSet, decode_image, normalize, palette, read
-from evaluate import (AMP, Parser, choose_amp, colorize, load_network, open_like, predict, read_checkpoint, run_script,
+from data import IGNORE, DataSet, InputError, decode_image, palette, read
+from evaluate import (AMP, Parser, add_flags, choose_amp, colorize, load_network, open_like, read_checkpoint, run_script,
                       sheet)
-
-# ---------------------------------------------------------------------------- attention maps of chosen pixels
-
-# from dark to light in even steps of CIE lightness (L* 15 35 55 75 95), so that equal steps of attention look equal
-HEAT = ((42, 12, 111), (151, 22, 121), (229, 78, 95), (251, 167, 57), (249, 244, 166))
-
-
-def heat(x: np.ndarray) -> np.ndarray:
-    """Values 0..1 of any shape to colours (..., 3) uint8, their lightness even in the value."""
-    points = np.linspace(0, 1, len(HEAT))
-    return np.stack([np.interp(x, points, channel) for channel in zip(*HEAT)], -1).round().astype(np.uint8)
-
-
-def require_attention(net: dnl.Network, source: str) -> None:
-    """InputError unless the network has the maps A, A', A''. source: the checkpoint, for the message."""
-    if not isinstance(net.context, dnl.DenoisedNonLocal):
-        raise InputError(f"{source}: context {net.config.context!r} has no attention maps A, A', A''; "
-                        "give a checkpoint trained with --context dnl or nl")
-
-
-def attention_inputs(net: dnl.Network, image: Tensor,
-                     amp: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor | None, tuple[int, int]]:
-    """Q, K (1, C', N), P (1, n, N) or None without GR, and F's size, of one image (3, H, W), 0..255, on the net's device."""
-    x = normalize(image[None]).contiguous(memory_format=torch.channels_last)
-    with torch.autocast(x.device.type, amp or torch.bfloat16, enabled=amp is not None):
-        *_, f, p = net.features(x)
-        q, k, _, p = net.context.inputs(f, p)
-    return q, k, p, tuple(f.shape[2:])
-
-
-@torch.inference_mode()
-def attention_maps(net: dnl.Network, image: Tensor, pixel: tuple[int, int],
-                   amp: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The rows of A, A', A'' (Fig. 4) and P_class that a pixel (x, y) of the image (3, H, W) receives by: title -> (h, w)
-    at F's size, float32 on the CPU. Maps of parts that the network lacks are left out. InputError: outside the image."""
-    H, W = image.shape[1:]
-    x, y = pixel
-    if not (0 <= x < W and 0 <= y < H):
-        raise InputError(f"pixel {x},{y}: outside the image of {W}x{H} (width x height); expected X 0..{W - 1}, Y 0..{H - 1}")
-    q, k, p, size = attention_inputs(net, image, amp)
-    h, w = size
-    at = round(y * (h - 1) / max(1, H - 1)) * w + round(x * (w - 1) / max(1, W - 1))  # nearest, corners on corners
-    query = torch.tensor([at], device=image.device)
-    a, rectified, retained = dnl.denoised_maps(q, k, p, size, net.context.kernel, query)
-    maps = {"A": a}
-    if p is not None:
-        maps["A' (after GR)"] = rectified
-    if net.context.kernel:
-        maps["A'' (after LR)"] = retained
-    if p is not None:
-        maps["P_class"] = dnl.class_affinity(p, query)
-    return {title: m[0].unflatten(1, size)[0].float().cpu() for title, m in maps.items()}
-
-
-def overlay_map(image: Image.Image, values: Tensor) -> Image.Image:
-    """A map (h, w), scaled by its own maximum, in colours over the grey picture, at the picture's size."""
-    full = dnl.resize(values[None, None], (image.height, image.width))[0, 0].numpy()
-    colors = heat(full / max(float(values.max()), 1e-30)).astype(np.float32)
-    grey = np.asarray(image.convert("L"), np.float32)[..., None] / 255
-    return Image.fromarray((0.7 * colors + 0.3 * 255 * grey).round().astype(np.uint8))
-
-
-def mark(image: Image.Image, at: tuple[float, float]) -> Image.Image:
-    """A copy with a green cross, edged in black, at (x, y)."""
-    image = image.copy()
-    draw, (x, y), arm = ImageDraw.Draw(image), at, max(5, image.width // 28)
-    for color, width, reach in (("black", 5, arm + 1), ((0, 255, 0), 3, arm)):
-        draw.line((x - reach, y, x + reach, y), color, width)
-        draw.line((x, y - reach, x, y + reach), color, width)
-    return image
-
-
-def attention_row(net: dnl.Network, image: Tensor, pixel: tuple[int, int], amp: torch.dtype | None = None,
-                  width: int = 900, note: str = "") -> list[tuple[str, str, Image.Image]]:
-    """(title, caption, picture) of the marked image and of each map over it, `width` pixels together. Arguments as of
-    `attention_maps`; note: what to add to the image's caption, as the pixel's class."""
-    maps = attention_maps(net, image, pixel, amp)
-    across = max(1, (width - 6) // (len(maps) + 1) - 6)
-    H, W = image.shape[1:]
-    small = Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).resize(
-        (across, max(1, round(H * across / W))), Image.Resampling.BILINEAR)
-    at = ((pixel[0] + 0.5) * small.width / W, (pixel[1] + 0.5) * small.height / H)
-    return [("image", f"{pixel[0]},{pixel[1]} {note}", mark(small, at)),
-            *((title, f"max {m.max():.3g}", mark(overlay_map(small, m), at)) for title, m in maps.items())]
-
-
-def attention_grid(rows: Sequence[Sequence[tuple[str, str, Image.Image]]]) -> Image.Image:
-    """Rows of `attention_row` under one line of titles, each picture with its caption, and the colour scale below."""
-    font, gap, line = ImageFont.load_default(14), 6, 20
-    across = rows[0][0][2].width + gap
-    out = Image.new("RGB", (len(rows[0]) * across + gap, sum(r[0][2].height + line + gap for r in rows) + 2 * line + 8),
-                    "white")
-    draw, y = ImageDraw.Draw(out), line
-    for i, (title, _, _) in enumerate(rows[0]):
-        draw.text((gap + i * across, 2), title, "black", font)
-    for row in rows:
-        for i, (_, caption, picture) in enumerate(row):
-            out.paste(picture, (gap + i * across, y))
-            draw.text((gap + i * across, y + picture.height + 1), caption, "dimgray", font)
-        y += row[0][2].height + line + gap
-    bar = heat(np.linspace(0, 1, max(2, out.width // 4)))[None].repeat(14, 0)
-    out.paste(Image.fromarray(bar), (gap + 14, y + 4))
-    draw.text((gap, y + 2), "0", "black", font)
-    draw.text((gap + 20 + bar.shape[1], y + 2), "maximum, each map by its own", "black", font)
-    return out
-
-
-def attention_sheet(net: dnl.Network, image: Tensor, pixel: tuple[int, int], amp: torch.dtype | None = None,
-                    width: int = 900) -> Image.Image:
-    """The picture of one pixel's maps (Figs. 1 and 11). image (3, H, W) uint8 on the network's device, pixel (x, y) in it.
-    InputError: outside the image."""
-    return attention_grid([attention_row(net, image, pixel, amp, width)])
-
+from predict import attention_row, attention_sheet, pixel_of, predict_ids, require_attention, require_pixel
 
 # ------------------------------------------------------------------------------------------ predictions, compared
 
@@ -145,11 +32,6 @@ def load(path: str, device: torch.device, contexts: Sequence[str]) -> tuple[dnl.
     """`evaluate.load_network`, where the checkpoint's context may be any that --context names."""
     context = read_checkpoint(path).get("config", {}).get("context")
     return load_network(path, device, context if context in contexts else None)
-
-
-def predict_ids(net: dnl.Network, image: np.ndarray, device: torch.device, amp: torch.dtype | None) -> np.ndarray:
-    """Class ids (H, W) uint8 of an image (H, W, 3) uint8."""
-    return predict(net, torch.tensor(image, device=device).permute(2, 0, 1), amp=amp).argmax(0).byte().cpu().numpy()
 
 
 def draw_pixels(ids: np.ndarray, count: int, rng: np.random.Generator) -> list[tuple[int, int]]:
@@ -214,7 +96,8 @@ def predictions(args: argparse.Namespace, device: torch.device) -> tuple[DataSet
             raise InputError(f"--images {' '.join(map(str, chosen))}: expected numbers in 0..{len(dataset) - 1}, the images of "
                             f"{dataset.name} {args.split}")
         amp = AMP[choose_amp(checkpoint["amp"], device)]
-        guesses.append([predict_ids(net, read(dataset, i)[0], device, amp) for i in chosen])
+        images = (torch.tensor(read(dataset, i)[0]).permute(2, 0, 1) for i in chosen)
+        guesses.append([predict_ids(net, image, device=device, amp=amp)[0] for image in images])
     return dataset, chosen, guesses
 
 
@@ -263,7 +146,7 @@ def read_log(run: str) -> list[dict]:
     return epochs
 
 
-def ticks(low: float, high: float, about: int = 5) -> list[float]:
+def ticks(low: float, high: float, about: int = 8) -> list[float]:
     """Round numbers (1, 2 or 5 times a power of ten apart) from low to high, at most `about` + 1 of them."""
     rough = max(high - low, 1e-9) / about
     power = 10.0 ** math.floor(math.log10(rough))
@@ -287,7 +170,7 @@ def panel(title: str, lines: Sequence[Sequence[tuple[float, float]]], colors: Se
     for y in ticks(low, high):
         draw.line((left, place(0, y)[1], right, place(0, y)[1]), (225, 225, 225), 2)
         draw.text((left - 10, place(0, y)[1]), f"{y:g}", "black", font, anchor="rm")
-    for x in ticks(0, x_end):
+    for x in ticks(0, x_end, min(8, x_end)):  # whole epochs
         draw.text((place(x, low)[0], bottom + 8), f"{x:g}", "black", font, anchor="mt")
     draw.text((right, size[1] - 26), "epoch", "black", font, anchor="rt")
     draw.line((left, top, left, bottom, right, bottom), "black", 2)
@@ -325,22 +208,13 @@ def attention(args: argparse.Namespace, device: torch.device) -> Image.Image:
     require_attention(net, args.checkpoint)
     amp, rows = AMP[choose_amp(checkpoint["amp"], device)], []
     for path in args.images:
-        image = decode_image(Path(path))
-        ids = predict_ids(net, image, device, amp)
+        image = torch.tensor(decode_image(Path(path)), device=device).permute(2, 0, 1)
+        for pixel in args.pixel or ():
+            require_pixel(pixel, image.shape[2], image.shape[1], path)
+        ids = predict_ids(net, image, device=device, amp=amp)[0]
         for x, y in args.pixel or draw_pixels(ids, 2, np.random.default_rng(args.seed)):
-            inside = 0 <= y < ids.shape[0] and 0 <= x < ids.shape[1]  # attention_row raises for the others
-            rows.append(attention_row(net, torch.tensor(image, device=device).permute(2, 0, 1), (x, y), amp, args.width,
-                                      checkpoint["classes"][ids[y, x]] if inside else ""))
-    return attention_grid(rows)
-
-
-def pixel_of(text: str) -> tuple[int, int]:
-    """X,Y as given on the command line."""
-    try:
-        x, y = map(int, text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected X,Y in whole pixels, as 120,200") from None
-    return x, y
+            rows.append(attention_row(net, image, (x, y), f"{x},{y} {checkpoint['classes'][ids[y, x]]}", args.width))
+    return attention_sheet(rows)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -356,9 +230,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         c = figures.add_parser(name, help=text)
         c.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT")
         c.add_argument("--names", nargs="+", help="titles of the checkpoints")
-        c.add_argument("--data", help="data set (default: the checkpoint's)")
-        c.add_argument("--root", help="its folder (default: the checkpoint's)")
-        c.add_argument("--split", default="val")
+        add_flags(c, "data", "root", "split")
         c.add_argument("--images", type=int, nargs="+", metavar="I", help="numbers of images, from 0 (default: three)")
         c.add_argument("--class", dest="name", required=True) if name == "region" else c.set_defaults(name=None)
     c = figures.add_parser("curves", help="loss and mIoU of runs")

@@ -24,8 +24,8 @@ from torch import Tensor
 
 import dnl
 from data import IGNORE, InputError, DataSet, eval_images
-from evaluate import Parser, load_network, open_like, run_script
-from paper.figures import attention_inputs, require_attention
+from evaluate import Parser, load_network, open_like, parse_flags, run_script
+from predict import attention_inputs, require_attention
 
 MAPS, NOISES = ("A", "A'", "A''"), ("inter", "intra")
 
@@ -116,17 +116,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments. InputError for values out of range."""
     p = Parser(description="Attention noise of a checkpoint", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("checkpoint")
-    p.add_argument("--data", help="data set (default: the checkpoint's)")
-    p.add_argument("--root", help="its folder (default: the checkpoint's)")
-    p.add_argument("--split", default="val")
     p.add_argument("--queries", type=int, default=64, help="query pixels of an image, even over its classes")
     p.add_argument("--seed", type=int, default=0, help="of the choice of query pixels")
-    p.add_argument("--context", help="MODULE:FACTORY, again, where training was given one")
-    p.add_argument("--workers", type=int, default=2, help="processes that read images")
-    p.add_argument("--json", action="store_true", help="one JSON object as the last line")
-    args = p.parse_args(argv)
-    if args.queries < 1 or args.seed < 0 or args.workers < 0:
-        raise InputError("--queries must be 1 or more, --seed and --workers 0 or more")
+    args = parse_flags(p, argv, "data", "root", "split", "context", "workers", "json")
+    if args.queries < 1 or args.seed < 0:
+        raise InputError("--queries must be 1 or more, --seed 0 or more")
     return args
 
 

@@ -36,7 +36,7 @@ from data import InputError
 from dnl import DenoisedNonLocal, denoised_maps
 from evaluate import Parser, run_script
 from paper import peers
-from paper.bench import in_turn, peak_memory
+from paper.bench import in_turn, markdown, peak_memory
 
 # ------------------------------------------------------------------------------------------------ Table V: complexity
 
@@ -109,16 +109,6 @@ def complexity_table(result: dict[str, Any]) -> str:
     rows = [[r["method"], f"{r['gflops']:.2f}", r["paper_gflops"] or "", f"{r['parameters']:,}", f"{r['memory']:.1f}",
              r["paper_memory"] or "", f"{r['time']:.1f}"] for r in result["rows"]]
     return f"{markdown(['Method', 'GFLOPs', 'paper', 'Parameters', 'MiB', 'paper, M', 'ms'], rows)}\n\n{result['mode']}"
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table whose columns also line up as plain text, all but the first to the right."""
-    cells = [[str(c) for c in row] for row in (header, *rows)]
-    widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(header))]
-    padded = [[row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))] for row in cells]
-    lines = ["| " + " | ".join(row) + " |" for row in padded]
-    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (w + 1) + ":" for w in widths[1:])]) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
 
 
 # ------------------------------------------------------------------------------------ Tables II to IV: training runs

@@ -3,15 +3,11 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import data
-import dnl
 from paper import figures
 from paper.test_noise import checkpoint
-
-GREEN = (0, 255, 0)
 
 
 @pytest.fixture(scope="module")
@@ -23,64 +19,6 @@ def made(tmp_path_factory):
     pixels = np.random.default_rng(0).integers(0, 256, (61, 90, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "photo.png")
     return folder
-
-
-def lightness(rgb):
-    """CIE L* of sRGB colours (..., 3)."""
-    c = np.asarray(rgb) / 255
-    linear = np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
-    return 116 * np.cbrt(linear @ [0.2126, 0.7152, 0.0722]) - 16
-
-
-def test_equal_steps_of_attention_are_equal_steps_of_lightness():
-    steps = np.linspace(0, 1, 33)
-    assert np.abs(lightness(figures.heat(steps)) - (15 + 80 * steps)).max() < 1.5
-
-
-@pytest.mark.parametrize("pixel, at", [((0, 0), 0), ((89, 0), 5), ((0, 60), 18), ((89, 60), 23), ((45, 31), 2 * 6 + 3)])
-def test_maps_are_the_rows_of_the_pixel(made, pixel, at):
-    """F of a 61x90 image is 4x6, its corners on the image's."""
-    net = checkpoint(made / "again.pt")
-    image = torch.from_numpy(np.array(Image.open(made / "photo.png"))).permute(2, 0, 1)
-    with torch.no_grad():
-        f, p = net.features(data.normalize(image[None]))[3:]
-        q, k, _, p = net.context.inputs(f, p)
-        whole = [*dnl.denoised_maps(q, k, p, (4, 6)), dnl.class_affinity(p)]
-    got = figures.attention_maps(net, image, pixel)
-    assert list(got) == ["A", "A' (after GR)", "A'' (after LR)", "P_class"]
-    for m, full in zip(got.values(), whole):
-        torch.testing.assert_close(m, full[0, at].view(4, 6), rtol=1e-4, atol=1e-6)
-
-
-def test_parts_that_a_network_lacks_are_left_out(made):
-    image = torch.zeros(3, 33, 33, dtype=torch.uint8)
-    assert list(figures.attention_maps(checkpoint(made / "x.pt", context="nl"), image, (0, 0))) == ["A"]
-    assert list(figures.attention_maps(checkpoint(made / "x.pt", gr=False), image, (0, 0))) == ["A", "A'' (after LR)"]
-
-
-def test_overlay_is_brightest_at_the_maximum():
-    values = torch.zeros(4, 6)
-    values[2, 5] = 1e-7  # maps of many pixels are small: each is scaled by its own maximum
-    out = np.asarray(figures.overlay_map(Image.new("RGB", (91, 61), "black"), values))
-    assert out.shape == (61, 91, 3)
-    assert tuple(np.unravel_index(out.sum(2).argmax(), (61, 91))) == (40, 90)
-    assert np.abs(out[40, 90] - 0.7 * np.array(figures.HEAT[-1])).max() <= 0.5
-    assert np.abs(out[0, 0] - 0.7 * np.array(figures.HEAT[0])).max() <= 0.5
-
-
-@pytest.mark.parametrize("pixel", [(10, 50), (0, 0), (89, 60)])
-def test_sheet_marks_the_pixel_in_every_picture(made, pixel):
-    net = checkpoint(made / "again.pt")
-    image = torch.from_numpy(np.array(Image.open(made / "photo.png"))).permute(2, 0, 1)
-    out = figures.attention_sheet(net, image, pixel, width=900)
-    width = (900 - 6) // 5 - 6
-    assert abs(out.width - 900) <= 5
-    green = (np.asarray(out) == GREEN).all(2)
-    for i in range(5):
-        left = 6 + i * (width + 6)
-        x, y = left + (pixel[0] + 0.5) * width / 90, 20 + (pixel[1] + 0.5) * width / 90
-        assert green[int(y) - 1:int(y) + 2, int(x) - 1:int(x) + 2].any()
-        assert green[:, left:left + width].sum() > 10
 
 
 def test_pixels_are_drawn_from_different_classes():
@@ -123,10 +61,11 @@ def test_region_colours_the_mask_only():
     assert out.tolist() == [[[165, 35, 61], [50, 50, 50]]]
 
 
-@pytest.mark.parametrize("low, high, expected", [(0, 36, [0, 10, 20, 30]), (0.21, 0.52, [0.3, 0.4, 0.5]), (0, 4, [0, 1, 2, 3, 4]),
-                                                 (0.99, 1.01, [0.99, 0.995, 1, 1.005, 1.01])])
-def test_ticks(low, high, expected):
-    assert figures.ticks(low, high) == expected
+@pytest.mark.parametrize("low, high, about, expected", [
+    (0, 36, 8, [0, 5, 10, 15, 20, 25, 30, 35]), (0.21, 0.52, 5, [0.3, 0.4, 0.5]), (0, 1, 1, [0, 1]), (0, 3, 3, [0, 1, 2, 3]),
+    (0.99, 1.01, 5, [0.99, 0.995, 1, 1.005, 1.01])])
+def test_ticks(low, high, about, expected):
+    assert figures.ticks(low, high, about) == expected
 
 
 def test_panel_places_points():
@@ -174,7 +113,7 @@ def test_curves(tmp_path):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["attention", "dnl.pt", "photo.png", "--pixel", "90,0"], r"pixel 90,0: outside the image of 90x61 .* X 0\.\.89, Y 0\.\.60"),
+    (["attention", "dnl.pt", "photo.png", "--pixel", "90,0"], r"photo\.png: pixel 90,0 is outside of the image of 90x61 .* X 0\.\.89, Y 0\.\.60"),
     (["attention", "dnl.pt", "photo.png", "--pixel", "7"], r"--pixel: got '7', expected X,Y"),
     (["attention", "dnl.pt", "no.jpg"], r"no\.jpg: cannot be read"),
     (["region", "dnl.pt", "--class", "cow"], r"--class cow: expected one of sky, ground"),

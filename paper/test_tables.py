@@ -112,11 +112,6 @@ def test_complexity_prints_each_block_beside_the_paper(monkeypatch, capsys):
 
 # ---- tables
 
-def test_markdown():
-    assert tables.markdown(["a", "b"], [["x", 1], ["long", 22.5]]) == (
-        "| a    |    b |\n|------|-----:|\n| x    |    1 |\n| long | 22.5 |")
-
-
 def test_mean_and_sample_deviation(tmp_path):
     cells = [made_up(tmp_path, "none", s, [0.9, m]) for s, m in enumerate((0.5, 0.6, 0.7))]
     cells += [made_up(tmp_path, "dnl", 0, [0.1, 0.25]), made_up(tmp_path, "dnl", 1, [0.8])]  # the last is unfinished
