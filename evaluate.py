@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import sys
+import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -167,6 +168,7 @@ def distributed() -> Iterator[tuple[int, int, torch.device]]:
         yield rank, world, device
     finally:
         if dist.is_initialized():
+            time.sleep(0.1)  # gloo's threads want Python's lock to drop their last tensors; its destructor waits for them, holding it
             dist.destroy_process_group()
 
 
