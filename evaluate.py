@@ -310,13 +310,13 @@ def run_script(main: Callable[[], int | None]) -> None:
 FLAGS = {  # spelt and meant alike in the scripts that take a checkpoint
     "data": {"help": "data set (default: the checkpoint's)"},
     "root": {"help": "its folder (default: the checkpoint's)"},
-    "split": {"default": "val"},
-    "scales": {"type": float, "nargs": "+", "default": [1.0]},
+    "split": {"default": "val", "help": "of the data set (default: val)"},
+    "scales": {"type": float, "nargs": "+", "default": [1.0], "help": "of the image, averaged over (default: 1.0)"},
     "flip": {"action": "store_true", "help": "average with the mirrored image"},
     "crop": {"type": int, "help": "sliding windows of this size (default: the whole image)"},
     "amp": {"choices": ["auto", *AMP], "help": "precision (default: the checkpoint's)"},
     "context": {"help": "MODULE:FACTORY, again, where training was given one"},
-    "workers": {"type": int, "default": 2, "help": "processes that read images, per rank"},
+    "workers": {"type": int, "default": 2, "help": "processes that read images, per rank (default: 2)"},
     "json": {"action": "store_true", "help": "one JSON object as the last line"}}
 
 
@@ -377,7 +377,7 @@ def sheet(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], classes:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments. InputError for values out of range."""
-    p = Parser(description="mIoU of a checkpoint", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(description="mIoU of a checkpoint")
     p.add_argument("checkpoint")
     return parse_flags(p, argv, *FLAGS)
 

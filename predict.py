@@ -289,12 +289,12 @@ def require_attention(net: dnl.Network, source: str) -> None:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments. InputError for values out of range."""
-    p = Parser(description="Masks and pictures of images", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(description="Masks and pictures of images")
     p.add_argument("checkpoint")
     p.add_argument("images", nargs="+", metavar="IMAGE|FOLDER")
-    p.add_argument("--out", type=Path, default=Path("predictions"), help="folder of the results")
+    p.add_argument("--out", type=Path, default=Path("predictions"), help="folder of the results (default: predictions)")
     p.add_argument("--format", choices=["masks", *SERVER], default="masks",
-                   help="palette masks of class ids with overlays, or the files of a test server alone")
+                   help="palette masks of class ids with overlays, or the files of a test server alone (default: masks)")
     p.add_argument("--confidence", action="store_true", help="also the top class's probability, white is 1")
     p.add_argument("--attention", metavar="X,Y", type=pixel_of, help="also the maps of this pixel")
     args = parse_flags(p, argv, "scales", "flip", "crop", "amp", "context", "workers")

@@ -1824,6 +1824,7 @@ def gradients(rank, world, port, dtype, accumulate, out):
     if rank == 0:
         torch.save([kept, share], out)
     if world > 1:
+        time.sleep(0.1)  # as in evaluate.distributed
         torch.distributed.destroy_process_group()
 
 

@@ -293,7 +293,8 @@ def read_backbone(net: dnl.Network, args: argparse.Namespace) -> None:
     try:
         dnl.load_backbone(net.backbone, args.backbone, args.weights)
     except Exception as e:  # a broken file or download fails in any of the layers that read it
-        raise InputError(f"--weights {args.weights}: {e}".splitlines()[0]) from None
+        mend = "; where nothing can be downloaded, give --weights FILE" if args.weights == "imagenet" else ""
+        raise InputError(f"--weights {args.weights}: {e}".splitlines()[0] + mend) from None
 
 
 def set_mode(net: dnl.Network, freeze_bn: bool) -> dnl.Network:
@@ -626,9 +627,10 @@ def write_board(run: Run, board: Any, line: dict[str, Any]) -> None:
         if isinstance(value, float):
             board.add_scalar(name, value, run.step)
     for name, value in line.get("iou", {}).items():
-        board.add_scalar(f"iou/{name}", value or 0.0, run.step)
+        if value is not None:
+            board.add_scalar(f"iou/{name}", value, run.step)
     if hasattr(run.net.context, "gamma"):
-        board.add_scalar("gamma", float(run.net.context.gamma), run.step)
+        board.add_scalar("gamma", run.net.context.gamma.item(), run.step)
     if line["miou"] is not None:
         board.add_image("val", np.asarray(val_sheet(run)), run.step, dataformats="HWC")
 

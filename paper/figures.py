@@ -219,7 +219,7 @@ def attention(args: argparse.Namespace, device: torch.device) -> Image.Image:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments of the four figures."""
-    main = Parser(description="The paper's figures", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    main = Parser(description="The paper's figures")
     figures = main.add_subparsers(dest="figure", required=True)
     a = figures.add_parser("attention", help="A, A', A'' and P_class of chosen pixels")
     a.add_argument("checkpoint")
@@ -237,8 +237,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     c.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or its log.jsonl")
     c.add_argument("--names", nargs="+", help="titles of the runs")
     for name, p in figures.choices.items():
-        p.add_argument("--out", default=f"{name}.png", help="the picture to write")
-        p.add_argument("--width", type=int, default=900, help="of the picture, in pixels")
+        p.add_argument("--out", default=f"{name}.png", help=f"the picture to write (default: {name}.png)")
+        p.add_argument("--width", type=int, default=900, help="of the picture, in pixels (default: 900)")
         if name != "curves":
             p.add_argument("--context", nargs="+", default=[], help="MODULE:FACTORY, again, where training was given one")
     args = main.parse_args(argv)

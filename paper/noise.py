@@ -114,9 +114,9 @@ def as_plain(means: Tensor, counts: Tensor, classes: Sequence[str]) -> dict[str,
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments. InputError for values out of range."""
-    p = Parser(description="Attention noise of a checkpoint", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(description="Attention noise of a checkpoint")
     p.add_argument("checkpoint")
-    p.add_argument("--queries", type=int, default=64, help="query pixels of an image, even over its classes")
+    p.add_argument("--queries", type=int, default=64, help="query pixels of an image, even over its classes (default: 64)")
     p.add_argument("--seed", type=int, default=0, help="of the choice of query pixels")
     args = parse_flags(p, argv, "data", "root", "split", "context", "workers", "json")
     if args.queries < 1 or args.seed < 0:

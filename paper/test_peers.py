@@ -5,6 +5,7 @@ A reference takes the module's parameters by name and one image (C, H, W); it sh
 import dataclasses
 import math
 import socket
+import time
 from functools import partial
 
 import numpy as np
@@ -343,6 +344,7 @@ def train_each_peer(rank, world, port):
         torch.optim.SGD(net.parameters(), 0.01).step()
         assert all(p.isfinite().all() for p in net.parameters()), name
     if world > 1:
+        time.sleep(0.1)  # as in evaluate.distributed
         torch.distributed.destroy_process_group()
 
 
