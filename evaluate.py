@@ -261,8 +261,8 @@ def write(path: Path, save: Callable[[Any], Any]) -> None:
         os.replace(beside, path)
     except BaseException as e:
         beside.unlink(missing_ok=True)
-        if isinstance(e, RuntimeError):  # torch.save's writer, when its file fails
-            raise OSError(f"writing {path} failed: {e}") from None
+        if isinstance(e, RuntimeError) and isinstance(e.__context__, OSError):  # torch.save's writer has words of its own for it
+            raise e.__context__ from None
         raise
 
 
