@@ -131,7 +131,7 @@ def evaluate(net: nn.Module, dataset: DataSet, *, device: torch.device, rank: in
         raise InputError(f"split {dataset.split!r} of {dataset.name} has no ground truth, so it cannot be scored: "
                          "take a labelled split, or write masks with predict.py")
     net.eval()
-    n, matrix = len(dataset.classes), 0
+    n = len(dataset.classes)
     matrix = torch.zeros(n, n, dtype=torch.int64, device=device)
     with torch.backends.cudnn.flags(benchmark=False, deterministic=True):  # the same kernels whoever calls, on any rank
         for index, image, label in eval_images(dataset, rank, world, workers):
@@ -173,7 +173,8 @@ def distributed() -> Iterator[tuple[int, int, torch.device]]:
 
 
 def choose_amp(amp: str, device: torch.device) -> str:
-    """'auto' to 'bf16' where the machine computes it well (GPUs since Ampere, CPUs with AVX512-BF16 or AMX), else 'off'."""
+    """'auto' to 'bf16' where the machine computes it well (GPUs since Ampere, CPUs with AVX512-BF16 or AMX), else to 'fp16' on a
+    GPU and 'off' on a CPU."""
     if amp != "auto":
         return amp
     if device.type == "cuda":
@@ -196,8 +197,8 @@ def find_factory(context: str) -> Callable[[int, int], nn.Module] | None:
         sys.path.pop(0)
 
 
-FIELDS = {"version": int, "model": {str: Tensor}, "config": {str: (str, int, float)}, "data": str, "root": (str, type(None)),
-          "classes": [str], "colors": [[int]], "amp": str}  # what every script reads of a checkpoint
+FIELDS = {"model": {str: Tensor}, "config": {str: (str, int, float)}, "data": str, "root": (str, type(None)), "classes": [str],
+          "colors": [[int]], "amp": str}  # what every script reads of a checkpoint, beside its version
 
 
 def of_kind(value: Any, kind: Any) -> bool:
@@ -386,8 +387,8 @@ def open_like(checkpoint: dict[str, Any], data: str | None, root: str | None, sp
     """The data set that a checkpoint was trained on, or the named one; InputError when their classes differ."""
     dataset = open_dataset(data or checkpoint["data"], root or (None if data else checkpoint["root"]), split)
     if list(dataset.classes) != list(checkpoint["classes"]):
-        raise InputError(f"{show(source)}: trained on {len(checkpoint['classes'])} classes ({', '.join(checkpoint['classes'][:3])}, ...), "
-                         f"the data set has {len(dataset.classes)} ({', '.join(dataset.classes[:3])}, ...)")
+        was, now = (f"{len(names)} classes ({', '.join(names[:3])}, ...)" for names in (checkpoint["classes"], dataset.classes))
+        raise InputError(f"{show(source)}: trained on {was}, the data set has {now}")
     return dataset
 
 

@@ -30,7 +30,7 @@ from predict import attention_row, attention_sheet, pixel_of, predict_ids, requi
 
 def load(path: str, device: torch.device, contexts: Sequence[str]) -> tuple[dnl.Network, dict]:
     """`evaluate.load_network`, where the checkpoint's context may be any that --context names."""
-    context = read_checkpoint(path).get("config", {}).get("context")
+    context = read_checkpoint(path)["config"]["context"]
     return load_network(path, device, context if context in contexts else None)
 
 
