@@ -418,6 +418,7 @@ class Config:
 PAPER = Config()
 RELEASED = replace(PAPER, p_from="res3", aux_conv=True, refine=True, global_context=False, deep_stem=True,
                    multi_grid=True, dropout=0.05)
+PRESETS = {"paper": PAPER, "released": RELEASED}
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:

@@ -13,17 +13,16 @@ def network(num_classes: int = 19, preset: str = "paper", backbone: str = "resne
     preset: paper or released. backbone: resnet18, resnet34, resnet50, resnet101. weights: of the backbone, none (all random),
     imagenet (torchvision's are downloaded), or a file. ValueError for any other name, and for a file that does not fit.
     """
-    presets = {"paper": dnl.PAPER, "released": dnl.RELEASED}
-    if preset not in presets:
+    if preset not in dnl.PRESETS:
         raise ValueError(f"preset {preset!r}: expected paper or released")
-    net = dnl.build(_replace(presets[preset], num_classes=num_classes, backbone=backbone))
+    net = dnl.build(_replace(dnl.PRESETS[preset], num_classes=num_classes, backbone=backbone))
     if weights != "none":
         dnl.load_backbone(net.backbone, backbone, weights)
     return net
 
 
 def trained(checkpoint: str, context: str | None = None) -> dnl.Network:
-    """The network of a checkpoint file of train.py, in eval mode on the CPU: images (B, 3, H, W), normalised -> logits (B, n, H, W).
+    """The network of a checkpoint of train.py, in eval mode on the CPU: images (B, 3, H, W), normalised -> logits (B, n, H, W).
 
     context: MODULE:FACTORY again, where training was given one. `data.InputError`, a ValueError, for a file that is none.
     """
