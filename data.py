@@ -211,14 +211,12 @@ def _with_cache(dataset: DataSet, folder: Path) -> DataSet:
     key = hashlib.sha256(repr((dataset.classes, stamps)).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     base = folder / f"{dataset.name}-{dataset.split}-{key}"
     try:
-        places = _places(dataset, base)
-        if not places:  # a whole copy needs no lock, so that it may lie where nothing can be written
+        if not (places := _places(dataset, base)):  # a whole copy needs no lock, so that it may lie where nothing can be written
             folder.mkdir(parents=True, exist_ok=True)
             with open(f"{base}.lock", "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                if not _places(dataset, base):
-                    _write_cache(dataset, base)
-            places = _places(dataset, base)
+                if not (places := _places(dataset, base)):
+                    places = _write_cache(dataset, base)
     except OSError as e:
         raise InputError(f"--cache {show(folder)}: {show(str(e))}; expected a folder with room for the decoded images: make "
                         "room, name another, or do without") from None
@@ -235,8 +233,8 @@ def _places(dataset: DataSet, base: Path) -> tuple[tuple[int, int, int], ...]:
         return ()
 
 
-def _write_cache(dataset: DataSet, base: Path) -> None:
-    """Decode every file, images as (H, W, 3) and labels as (H, W) bytes one after another."""
+def _write_cache(dataset: DataSet, base: Path) -> tuple[tuple[int, int, int], ...]:
+    """Decode every file, images as (H, W, 3) and labels as (H, W) bytes one after another. Returns the index."""
     places, offset, part = [], 0, Path(f"{base}.part")
     try:
         with open(part, "wb") as f:
@@ -253,6 +251,7 @@ def _write_cache(dataset: DataSet, base: Path) -> None:
         os.replace(part, f"{base}.json")
     finally:
         part.unlink(missing_ok=True)
+    return tuple(places)
 
 
 def _read_cache(dataset: DataSet, index: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -560,25 +559,26 @@ def order(seed: int, epoch: int, n: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch, 0, 1)).permutation(n)  # the 1 keeps it off the streams of samples
 
 
-def step_items(step: int, *, seed: int, n: int, batch: int) -> list[tuple[int, int]]:
-    """(epoch, index) of each image of a step's whole batch. An epoch has n // batch steps. InputError if it has none."""
+def step_items(step: int, *, seed: int, n: int, batch: int, rank: int = 0, world: int = 1) -> list[tuple[int, int]]:
+    """(epoch, index) of each image of a rank's share of a step. An epoch has n // batch steps. InputError if it has none."""
     if n < batch:
         raise InputError(f"{n} images are fewer than one batch of {batch}: lower --batch to {n} or less, or add images")
     epoch, k = divmod(step, n // batch)
-    return [(epoch, int(i)) for i in order(seed, epoch, n)[k * batch:(k + 1) * batch]]
+    first, share = k * batch + rank * (batch // world), batch // world
+    return [(epoch, int(i)) for i in order(seed, epoch, n)[first:first + share]]
 
 
 def train_batches(dataset: DataSet, *, seed: int, batch: int, start: int, stop: int, rank: int, world: int, crop: int,
-                  scale: tuple[float, float] = (0.5, 2.0), workers: int = 0, pin: bool = False) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+                  scale: tuple[float, float] = (0.5, 2.0), workers: int = 0,
+                  pin: bool = False) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """This rank's share, b = batch // world, of the steps start..stop-1: images (b, 3, crop, crop) uint8, labels
     (b, crop, crop) uint8, factors (b, 4) float32. Raises InputError, at once or at the step of a wrong file."""
     if not dataset.labelled:
         raise InputError(f"{dataset.name} {dataset.split} has no ground truth to train on: choose --split train")
-    items = partial(step_items, seed=seed, n=len(dataset), batch=batch)
+    items = partial(step_items, seed=seed, n=len(dataset), batch=batch, rank=rank, world=world)
     items(0)  # raises if there is not one batch
-    share = slice(rank * (batch // world), (rank + 1) * (batch // world))
     return _batches(partial(_train_item, dataset, seed, crop, scale), workers, collate_fn=_collate, pin_memory=pin,
-                    batch_sampler=(items(step)[share] for step in range(start, stop)))
+                    batch_sampler=map(items, range(start, stop)))
 
 
 def eval_items(n: int, rank: int, world: int) -> range:
