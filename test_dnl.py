@@ -1889,7 +1889,7 @@ def test_training_learns(street, tmp_path):
 
 @pytest.mark.parametrize("flags", [
     [], pytest.param(["--preset", "released", "--workers", "2", "--ema", "0.9"], marks=pytest.mark.slow)])
-def test_stopped_and_resumed_is_the_uninterrupted_run(street, tmp_path, monkeypatch, flags):
+def test_stopped_and_resumed_is_the_uninterrupted_run(street, tmp_path, monkeypatch, flags, capsys):
     """Stopped by a signal within an epoch (twice), resumed by the same command; the released preset has dropout."""
     assert trained(tmp_path / "whole", street, *flags) == 0
     step, stops = train.train_step, [1, 3]
@@ -1902,6 +1902,8 @@ def test_stopped_and_resumed_is_the_uninterrupted_run(street, tmp_path, monkeypa
 
     monkeypatch.setattr(train, "train_step", stopping)
     assert [trained(tmp_path / "parts", street, *flags) for _ in range(3)] == [143, 143, 0]
+    told = capsys.readouterr().err
+    assert "SIGTERM at step 2, saved" in told and "SIGTERM at step 4, saved" in told  # the step is finished, no other begun
     assert same_state(tmp_path / "whole" / "last.pt", tmp_path / "parts" / "last.pt")
     assert (tmp_path / "whole" / "log.jsonl").read_text() == (tmp_path / "parts" / "log.jsonl").read_text()
 
@@ -2389,6 +2391,13 @@ def test_a_file_size_limit_of_the_system(street, tmp_path, capsys, stub):
     assert trained(tmp_path / "r", street) == 0 and same_run(tmp_path / "whole", tmp_path / "r")
 
 
+def test_stopped_with_a_full_disk_is_not_told_as_saved(street, tmp_path, monkeypatch, capsys, stub):
+    monkeypatch.setattr(train, "write", lambda path, save: save(Full()))
+    monkeypatch.setattr(train, "train_step", lambda run, *rest: os.kill(os.getpid(), signal.SIGTERM))
+    assert trained(tmp_path / "r", street) == 143
+    assert "SIGTERM at step 1, not saved" in capsys.readouterr().err
+
+
 def test_the_best_that_a_full_disk_lost_is_not_told_as_best(street, tmp_path, monkeypatch, capsys, stub):
     rising, tried = iter((0.5, 0.4, 0.3)), []
     monkeypatch.setattr(train, "validate", lambda run, net: {"miou": next(rising), "accuracy": 1.0, "iou": [0.5] * 3})
@@ -2430,6 +2439,15 @@ def test_a_checkpoint_that_no_run_wrote_is_refused(run_folder, street, tmp_path)
     torch.save(whole, args.out / "last.pt")
     train.restore(run)
     assert run.step == 6 and run.history == whole["history"]
+
+
+def test_the_rank_whose_loss_is_not_finite_is_told(street, tmp_path, monkeypatch, stub):
+    """Two ranks; rank 1's images of each step are infinite: the files named are its own."""
+    normal = train.part_losses
+    monkeypatch.setattr(train, "part_losses", lambda run, x, *rest: normal(run, x * (float("inf") if run.rank else 1), *rest))
+    status, texts = ranks(2, train.main, *TINY, "--root", street, "--out", tmp_path / "r", "--skip-nonfinite", 1, said=tmp_path / "said")
+    assert status == [2, 2] and "step 2, rank 1: the loss is not finite; images" in texts[1], texts
+    assert "rank 0: stopped, since the loss of another rank is not finite" in texts[0] and "images/train" not in texts[0], texts
 
 
 def test_a_file_that_breaks_stops_every_rank_with_one_line(street, tmp_path, stub):

@@ -85,33 +85,34 @@ OPERATIONAL = ("root", "out", "resume", "workers", "log_every", "save_every", "r
 
 def parser() -> Parser:
     """The flags. Those marked * default to the paper's settings for the data set."""
-    p = Parser(description="Train Denoised Non-Local. Flags marked * default to the paper's settings for --data.")
-    p.add_argument("--data", choices=list(SETTINGS), default="synthetic")
+    p = Parser(description="Train Denoised Non-Local. Defaults are in brackets; flags marked * have the paper's, or fitting "
+                           "ones, for --data.")
+    p.add_argument("--data", choices=list(SETTINGS), default="synthetic", help="(%(default)s)")
     p.add_argument("--root", help="folder of the data set")
     p.add_argument("--cache", metavar="DIR", help="keep a decoded copy of the data set there, for speed")
-    p.add_argument("--split", choices=["train", "trainval"], default="train")
+    p.add_argument("--split", choices=["train", "trainval"], default="train", help="to train on (%(default)s)")
     p.add_argument("--out", help="folder of the run (runs/DATA)")
     p.add_argument("--resume", default="auto", metavar="FILE", help="checkpoint to go on from (auto: last.pt of --out, if any)")
     g = p.add_argument_group("network")
-    g.add_argument("--preset", choices=["paper", "released"], default="paper")
+    g.add_argument("--preset", choices=list(dnl.PRESETS), default="paper", help="(%(default)s)")
     g.add_argument("--backbone", choices=list(dnl.LAYOUTS), help="*")
     g.add_argument("--channels", type=int, help="* of F")
-    g.add_argument("--context", default="dnl", help="dnl, nl, none, or MODULE:FACTORY of your own")
+    g.add_argument("--context", default="dnl", help="dnl, nl, none, or MODULE:FACTORY of your own (%(default)s)")
     g.add_argument("--no-gr", action="store_true", help="without Global Rectifying")
     g.add_argument("--no-lr", action="store_true", help="without Local Retention")
-    g.add_argument("--weights", default="none", help="of the backbone: imagenet (downloaded), none, or a file")
+    g.add_argument("--weights", default="none", help="of the backbone: imagenet (downloaded), none, or a file (%(default)s)")
     g = p.add_argument_group("optimisation")
     for name, kind, text in (("crop", int, "pixels"), ("batch", int, "images a step, over all ranks"), ("epochs", int, ""),
                              ("lr", float, ""), ("weight-decay", float, "")):
         g.add_argument(f"--{name}", type=kind, help=f"* {text}")
     g.add_argument("--scale", type=float, nargs=2, metavar=("MIN", "MAX"), help="* range of the random scale")
-    g.add_argument("--accumulate", type=int, default=1, help="parts a rank's batch is computed in, to save memory")
-    g.add_argument("--power", type=float, default=0.9, help="of the poly schedule")
-    g.add_argument("--momentum", type=float, default=0.9)
-    g.add_argument("--aux-weight", type=float, default=1.0, help="lambda_1 = lambda_2 of eq. 5")
-    g.add_argument("--coarse-weight", type=float, default=0.0, help="of a loss on GR's P, which eq. 5 does not have")
-    g.add_argument("--seed", type=int, default=0)
-    g.add_argument("--amp", choices=["auto", *AMP], default="auto", help="precision")
+    g.add_argument("--accumulate", type=int, default=1, help="parts a rank's batch is computed in, to save memory (%(default)s)")
+    g.add_argument("--power", type=float, default=0.9, help="of the poly schedule (%(default)s)")
+    g.add_argument("--momentum", type=float, default=0.9, help="(%(default)s)")
+    g.add_argument("--aux-weight", type=float, default=1.0, help="lambda_1 = lambda_2 of eq. 5 (%(default)s)")
+    g.add_argument("--coarse-weight", type=float, default=0.0, help="of a loss on GR's P, not in eq. 5 (%(default)s)")
+    g.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    g.add_argument("--amp", choices=["auto", *AMP], default="auto", help="precision (%(default)s)")
     g.add_argument("--deterministic", action="store_true", help="the same bits twice, also on a GPU; slower there")
     g = p.add_argument_group("beyond the paper, off by default")
     g.add_argument("--ohem", action="store_true", help="the head's loss on hard pixels only (p < 0.7, at least 100,000 a part)")
@@ -119,16 +120,16 @@ def parser() -> Parser:
     g.add_argument("--ema", type=float, default=0.0, metavar="DECAY", help="average the weights into ema.pt, e.g. 0.999")
     g.add_argument("--clip", type=float, default=0.0, metavar="NORM", help="of the gradient")
     g.add_argument("--warmup", type=int, default=0, metavar="STEPS")
-    g.add_argument("--backbone-lr", type=float, default=1.0, metavar="FACTOR")
+    g.add_argument("--backbone-lr", type=float, default=1.0, metavar="FACTOR", help="of the backbone's rate (%(default)s)")
     g.add_argument("--freeze-bn", action="store_true", help="keep the backbone's BatchNorm statistics")
     g = p.add_argument_group("machine")
-    g.add_argument("--workers", type=int, default=2, help="processes that read images, per rank")
+    g.add_argument("--workers", type=int, default=2, help="processes that read images, per rank (%(default)s)")
     g.add_argument("--compile", action="store_true", help="torch.compile the network")
     g.add_argument("--recompute", action="store_true", help="make activations again in the backward: less memory, slower")
-    g.add_argument("--skip-nonfinite", type=int, default=0, metavar="N", help="steps to leave out before giving up")
+    g.add_argument("--skip-nonfinite", type=int, default=0, metavar="N", help="steps to leave out before giving up (%(default)s)")
     g.add_argument("--tensorboard", action="store_true")
-    g.add_argument("--log-every", type=int, default=20, metavar="STEPS")
-    g.add_argument("--eval-every", type=int, default=1, metavar="EPOCHS", help="validate; the last epoch always")
+    g.add_argument("--log-every", type=int, default=20, metavar="STEPS", help="(%(default)s)")
+    g.add_argument("--eval-every", type=int, default=1, metavar="EPOCHS", help="validate; the last epoch always (%(default)s)")
     g.add_argument("--save-every", type=int, default=0, metavar="STEPS", help="also between epochs")
     return p
 
@@ -175,9 +176,8 @@ def notes(args: argparse.Namespace) -> list[str]:
 
 def configuration(args: argparse.Namespace, num_classes: int) -> dnl.Config:
     """The network that the arguments ask for."""
-    preset = {"paper": dnl.PAPER, "released": dnl.RELEASED}[args.preset]
-    return replace(preset, num_classes=num_classes, backbone=args.backbone, context=args.context, gr=not args.no_gr,
-                   lr=not args.no_lr, channels=args.channels, p_supervised=args.coarse_weight > 0)
+    return replace(dnl.PRESETS[args.preset], num_classes=num_classes, backbone=args.backbone, context=args.context,
+                   gr=not args.no_gr, lr=not args.no_lr, channels=args.channels, p_supervised=args.coarse_weight > 0)
 
 
 def check_batch(config: dnl.Config, args: argparse.Namespace, together: int) -> None:
@@ -190,8 +190,8 @@ def check_batch(config: dnl.Config, args: argparse.Namespace, together: int) -> 
         try:
             net(torch.empty(together, 3, args.crop, args.crop), full_size=False)
         except ValueError as e:
-            raise InputError(f"--batch {args.batch} --accumulate {args.accumulate} leaves {together} image(s) of {args.crop}x{args.crop} "
-                            f"to a BatchNorm ({e}): raise --batch or --crop, or lower --accumulate") from None
+            raise InputError(f"--batch {args.batch} --accumulate {args.accumulate} leaves {together} image(s) of {args.crop}x"
+                            f"{args.crop} to a BatchNorm ({e}): raise --batch or --crop, or lower --accumulate") from None
 
 
 def read_weights(path: str, n: int) -> Tensor:
@@ -280,7 +280,8 @@ def setup(args: argparse.Namespace, rank: int, world: int, device: torch.device)
     backbone = list(net.backbone.parameters())
     others = [p for name, p in net.named_parameters() if not name.startswith("backbone.")]
     optimizer = torch.optim.SGD([{"params": backbone, "factor": args.backbone_lr}, {"params": others, "factor": 1.0}],
-                                args.lr, args.momentum, weight_decay=args.weight_decay, fused=device.type == "cuda" and args.amp != "fp16")  # a skipped first step leaves fused momentum unset
+                                args.lr, args.momentum, weight_decay=args.weight_decay,  # not fused in fp16, where a first step
+                                fused=device.type == "cuda" and args.amp != "fp16")  # that is skipped leaves momentum unset
     weights = [1.0, args.aux_weight, args.aux_weight] + [args.coarse_weight] * config.p_supervised
     return Run(args, data, val, net, model, optimizer, torch.amp.GradScaler(device.type, enabled=args.amp == "fp16"), rank, world,
                device, torch.tensor(weights, device=device), ema=deepcopy(net) if args.ema else None,
@@ -319,11 +320,12 @@ def over_ranks(run: Run, facts: Sequence[float]) -> list[float]:
     return t.tolist()
 
 
-def count_labelled(run: Run, labels: Tensor) -> float:
-    """Labelled pixels of a batch of this rank, each counted by the weight of its class."""
-    if run.class_weights is None:
-        return float((labels != IGNORE).sum())
-    return float(torch.cat([run.class_weights.cpu(), torch.zeros(256 - len(run.class_weights))])[labels.long()].double().sum())
+def count_labelled(run: Run, labels: Tensor, among: Tensor | bool = True) -> Tensor:
+    """Labelled pixels of a batch of this rank, of those `among` them, each counted by the weight of its class."""
+    weight = labels != IGNORE
+    if run.class_weights is not None:
+        weight = F.pad(run.class_weights.to(labels.device), (0, 256 - len(run.class_weights)))[labels.long()]
+    return (weight * among).sum(dtype=torch.float64)
 
 
 def part_losses(run: Run, x: Tensor, y: Tensor, labelled: float) -> Tensor:
@@ -336,7 +338,7 @@ def part_losses(run: Run, x: Tensor, y: Tensor, labelled: float) -> Tensor:
     with torch.no_grad():
         hard = hardest(pixel_losses(outputs[0], y))  # by probability, whatever the class weighs
     pixels = pixel_losses(outputs[0], y, run.class_weights)
-    kept = (hard if run.class_weights is None else F.pad(run.class_weights, (0, 256 - len(run.class_weights)))[y.long()] * hard).sum().float()
+    kept = count_labelled(run, y, hard).float()
     if run.world > 1:
         dist.all_reduce(kept)
     head = (pixels * hard).sum() / kept.clamp(min=1) / run.args.accumulate
@@ -363,7 +365,9 @@ def train_step(run: Run, batch: Sequence[Tensor], labelled: float) -> Tensor | N
     if args.skip_nonfinite and over_ranks(run, [not finite(run, share)])[0]:
         run.skipped += 1
         if run.skipped > args.skip_nonfinite:
-            raise nonfinite(run, run.step)
+            run.recent.append((run.step, share))
+            check_finite(run)  # raises, and tells the rank whose loss it is
+            raise nonfinite(run, run.step, "gradient is")
         run.optimizer.zero_grad()
         for b, old in zip(run.net.buffers(), before):  # BatchNorm has counted the bad batch
             b.copy_(old)
@@ -394,10 +398,10 @@ def follow(ema: nn.Module, net: nn.Module, decay: float) -> None:
 
 def nonfinite(run: Run, step: int, what: str = "loss is") -> InputError:
     """The error of a step after which something is not finite, with the files of its batch."""
-    share = run.args.batch // run.world
-    items = step_items(step, seed=run.args.seed, n=len(run.data), batch=run.args.batch)[run.rank * share:(run.rank + 1) * share]
-    return InputError(f"step {step + 1}, rank {run.rank}: the {what} not finite; images {', '.join(str(run.data.items[i].image) for _, i in items)}; "
-                     f"{run.args.out}/last.pt is from before: lower --lr, try --clip 1 or --amp off, or --skip-nonfinite N")
+    items = step_items(step, seed=run.args.seed, n=len(run.data), batch=run.args.batch, rank=run.rank, world=run.world)
+    images = ", ".join(str(run.data.items[i].image) for _, i in items)
+    return InputError(f"step {step + 1}, rank {run.rank}: the {what} not finite; images {images}; {run.args.out}/last.pt is from "
+                     "before: lower --lr, try --clip 1 or --amp off, or --skip-nonfinite N")
 
 
 def check_finite(run: Run) -> None:
@@ -424,14 +428,12 @@ def validate(run: Run, net: nn.Module) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------ checkpoints
 
 
-def state_of(run: Run, net: dnl.Network) -> dict[str, Any]:
+def state_of(run: Run) -> dict[str, Any]:
     """The checkpoint: one dict of tensors and plain values, readable with weights_only. Call on all ranks: it sums over them."""
-    sums = run.sums.cpu().clone()
-    if run.world > 1:
-        dist.all_reduce(sums)
-    return {"version": VERSION, "model": net.state_dict(), "optimizer": run.optimizer.state_dict(),
+    sums = torch.tensor(over_ranks(run, run.sums.tolist()), dtype=torch.float64)
+    return {"version": VERSION, "model": run.net.state_dict(), "optimizer": run.optimizer.state_dict(),
             "scaler": run.scaler.state_dict(), "ema": run.ema.state_dict() if run.ema is not None else None,
-            "config": asdict(net.config), "settings": run.settings, "data": run.data.name,
+            "config": asdict(run.net.config), "settings": run.settings, "data": run.data.name,
             "root": str(Path(run.args.root).resolve()) if run.args.root else None, "classes": list(run.data.classes),
             "colors": [list(c) for c in run.data.colors], "amp": run.args.amp, "step": run.step,
             "epoch": run.step // run.per_epoch, "best": run.best, "sums": sums, "skipped": run.skipped,
@@ -444,7 +446,7 @@ def save(run: Run, best: float | None = None) -> None:
     check_finite(run)
     if not all(t.isfinite().all() for t in run.net.state_dict().values()):
         raise nonfinite(run, run.step - 1, "weights are")
-    state, out = state_of(run, run.net), run.args.out
+    state, out = state_of(run), run.args.out
     if run.rank:
         return
     try:
@@ -460,7 +462,7 @@ def save(run: Run, best: float | None = None) -> None:
         run.unsaved = False
     except OSError as e:
         run.unsaved = True
-        print(f"warning: step {run.step} not saved ({e}); the one before is kept, the next try is in {run.args.log_every} steps",
+        print(f"warning: step {run.step} not saved ({e}); the one before is kept, tried again within {run.args.log_every} steps",
               file=sys.stderr, flush=True)
 
 
@@ -605,7 +607,8 @@ def end_epoch(run: Run, board: Any) -> None:
     miou = line["miou"]
     save(run, best=miou if miou is not None and (run.best is None or miou > run.best) else None)
     if run.rank == 0 and miou is not None:
-        print("\n" * sys.stdout.isatty() + f"epoch {epoch}/{run.args.epochs}  val mIoU {miou}  accuracy {line['accuracy']}", flush=True)
+        print("\n" * sys.stdout.isatty()
+              + f"epoch {epoch}/{run.args.epochs}  val mIoU {miou}  accuracy {line['accuracy']}", flush=True)
     if board is not None:
         write_board(run, board, line)
 
@@ -647,7 +650,7 @@ def agree(run: Run, batch: Any, *facts: float) -> list[float]:
     """Before a step: this step's labelled pixels and the facts, each summed over all ranks, so that all do the same. InputError
     on every rank where one could not read its images."""
     failed = isinstance(batch, InputError)
-    *sums, failures = over_ranks(run, [0.0 if failed else count_labelled(run, batch[1]), *facts, failed])
+    *sums, failures = over_ranks(run, [0.0 if failed else count_labelled(run, batch[1]).item(), *facts, failed])
     if failed:
         raise batch
     if failures:
@@ -667,8 +670,10 @@ def train(run: Run) -> int:
             end_epoch(run, board)
         start, first = time.monotonic(), run.step
         for batch in results(batches):
-            due = run.step % args.log_every == 0
-            labelled, stop, again = agree(run, batch, len(caught), run.unsaved and due)
+            labelled, stop, again = agree(run, batch, len(caught), run.unsaved and run.step % args.log_every == 0)
+            if stop:
+                save(run)
+                return caught[0] if caught else signal.SIGTERM
             share = train_step(run, batch, labelled)
             if share is not None:
                 run.recent.append((run.step, share))
@@ -679,11 +684,9 @@ def train(run: Run) -> int:
             pause = time.monotonic()
             if run.step % run.per_epoch == 0:
                 end_epoch(run, board)
-            elif stop or again or args.save_every and run.step % args.save_every == 0:
+            elif again or args.save_every and run.step % args.save_every == 0:
                 save(run)
             start += time.monotonic() - pause  # images/s are those of training
-            if stop and run.step < run.total:
-                return caught[0] if caught else signal.SIGTERM
     if over_ranks(run, [run.unsaved])[0]:
         save(run)
     return 0
@@ -750,7 +753,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(f"{args.out}: the ranks found different checkpoints: name an --out that all nodes see")
         stopped = train(run)
         if stopped:
-            print(f"rank {rank}: stopped by {signal.Signals(stopped).name} at step {run.step}, saved: the same command goes on",
+            saved = "not saved" if over_ranks(run, [run.unsaved])[0] else "saved"
+            print(f"rank {rank}: stopped by {signal.Signals(stopped).name} at step {run.step}, {saved}: the same command goes on",
                   file=sys.stderr)
             return 128 + stopped
         return finish(run)
