@@ -148,9 +148,9 @@ def evaluate(net: nn.Module, dataset: DataSet, *, device: torch.device, rank: in
 
 
 @contextmanager
-def distributed() -> Iterator[tuple[int, int, torch.device]]:
+def distributed(timeout: timedelta = timedelta(minutes=10)) -> Iterator[tuple[int, int, torch.device]]:
     """(rank, world, device) from torchrun's environment, or (0, 1, device) without it. The process group (nccl for GPU
-    tensors, gloo for CPU ones) lives exactly as long as the block; a rank that waits 10 minutes for another gives up."""
+    tensors, gloo for CPU ones) lives exactly as long as the block; a rank that waits so long for another gives up."""
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     gpu = torch.cuda.is_available()
     if gpu and local >= torch.cuda.device_count():
@@ -163,7 +163,7 @@ def distributed() -> Iterator[tuple[int, int, torch.device]]:
         if os.environ.get("GROUP_WORLD_SIZE") == "1":  # one node, where the ranks' counts of restarts agree: after one, torchrun's
             store = dist.PrefixStore(f"restart{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)  # store still has dead addresses
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", store=store, rank=rank, world_size=world,
-                                timeout=timedelta(minutes=10))
+                                timeout=timeout)
     try:
         yield rank, world, device
     finally:

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -394,7 +395,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found, others = find_images(args.images, args.out)
     found = server_names(found) if args.format == "cityscapes" else found
     check_targets(found, args.out, endings(args))
-    with distributed() as (rank, world, device):
+    with distributed(timedelta(days=1)) as (rank, world, device):  # until the slowest rank has done its largest image
         net, checkpoint = load_network(args.checkpoint, device, args.context)
         if tuple(checkpoint["classes"]) != SERVER.get(args.format, tuple(checkpoint["classes"])):
             raise InputError(f"{args.checkpoint}: trained on {checkpoint['data']}; --format {args.format} expects the "
