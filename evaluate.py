@@ -272,8 +272,10 @@ def check_weights(model: dict[str, Tensor], blank: nn.Module, size: int) -> None
     dnl.check_fit(blank, model, "the model")
     own = blank.state_dict()
     wrong = [k for k, t in model.items() if (t.dtype, t.layout, t.device.type) != (own[k].dtype, torch.strided, "cpu")]
-    if wrong or sum(t.nbytes for t in model.values()) > size:
-        raise ValueError(f"the model does not fit: of another type, or larger than the file: {', '.join(wrong)}")
+    if wrong:
+        raise ValueError(f"the model does not fit: of another type: {', '.join(wrong)}")
+    if sum(t.nbytes for t in model.values()) > size:
+        raise ValueError("the model is larger than its file")
     if not all(t.isfinite().all() for t in model.values()):
         raise ValueError("the model's weights are not all finite")
 

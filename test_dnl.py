@@ -2249,6 +2249,9 @@ def test_beyond_the_paper(street, tmp_path):
              "--recompute", "--coarse-weight", 0.4, "--accumulate", 2, "--deterministic")
     try:
         assert trained(tmp_path / "r", street, *flags) == 0
+        weights.write_text(re.sub('"weights": .[0-9.]+', '"weights": [1.5', weights.read_text()))
+        with pytest.raises(data.InputError, match="class_weights"):  # of the same name
+            trained(tmp_path / "r", street, *flags)
     finally:
         torch.use_deterministic_algorithms(False)
     settings, *epochs = map(json.loads, (tmp_path / "r" / "log.jsonl").read_text().splitlines())

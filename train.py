@@ -253,7 +253,8 @@ class Run:
         own = {k: v for k, v in vars(self.args).items() if k not in OPERATIONAL}
         names = "\n".join(str(item.image).removeprefix(str(self.args.root)) for item in self.data.items)
         crc = zlib.crc32(names.encode("utf-8", "surrogateescape"))
-        return own | {"images": len(self.data), "names": f"{crc:08x}", "classes": list(self.data.classes)}
+        weights = None if self.class_weights is None else self.class_weights.tolist()  # not the name of their file
+        return own | {"images": len(self.data), "names": f"{crc:08x}", "classes": list(self.data.classes), "class_weights": weights}
 
 
 def setup(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> Run:
