@@ -257,8 +257,12 @@ def _write_cache(dataset: DataSet, base: Path) -> tuple[tuple[int, int, int], ..
 def _read_cache(dataset: DataSet, index: int) -> tuple[np.ndarray, np.ndarray | None]:
     """As `read`, views of the mapped file: a crop reads only its pages."""
     offset, H, W = dataset.places[index]
-    image = np.memmap(dataset.cached, np.uint8, "r", offset, (H, W, 3))
-    return image, np.memmap(dataset.cached, np.uint8, "r", offset + H * W * 3, (H, W)) if dataset.labelled else None
+    try:
+        image = np.memmap(dataset.cached, np.uint8, "r", offset, (H, W, 3))
+        return image, np.memmap(dataset.cached, np.uint8, "r", offset + H * W * 3, (H, W)) if dataset.labelled else None
+    except (OSError, ValueError) as e:
+        raise InputError(f"{show(dataset.cached)}: the decoded copy was removed or cut since the start ({type(e).__name__}): start "
+                         "again, and it is made anew") from None
 
 
 def _open(name: str, root: Path | str | None, split: str) -> tuple[DataSet, list[str]]:

@@ -384,7 +384,7 @@ def work(found: list[tuple[Path, str]], net: nn.Module, checkpoint: dict[str, An
         dist.all_reduce(counts)
     done, failed = counts.tolist()
     if rank == 0:
-        say(f"{done} images to {show(args.out)}, {len(found) / (time.monotonic() - start):.2f} images/s"
+        say(f"{done} images to {show(args.out)}, {done / (time.monotonic() - start):.2f} images/s"
             + f"; {failed} failed, named above" * (failed > 0))
     return failed
 

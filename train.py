@@ -201,8 +201,8 @@ def read_weights(path: str, n: int) -> Tensor:
         weights = torch.tensor(splits.get("train", next(iter(splits.values())))["weights"], dtype=torch.float32)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as e:
         raise InputError(f"{path}: no class weights ({e}): expected what `data.py check --json` prints") from None
-    if weights.shape != (n,) or not (weights > 0).all():
-        raise InputError(f"{path}: {tuple(weights.shape)} class weights; expected {n}, above 0: run data.py check on this data set")
+    if weights.shape != (n,) or not ((weights > 0) & weights.isfinite()).all():
+        raise InputError(f"{path}: {tuple(weights.shape)} class weights; expected {n}, above 0 and finite: run data.py check on this data set")
     return weights
 
 
@@ -251,7 +251,8 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """What makes the result what it is: runs with equal settings end with equal weights."""
         own = {k: v for k, v in vars(self.args).items() if k not in OPERATIONAL}
-        names = "\n".join(str(item.image).removeprefix(str(self.args.root)) for item in self.data.items)
+        top = os.path.join(Path(self.args.root or ""), "")  # as the names have it, however --root is spelt
+        names = "\n".join(str(item.image).removeprefix(top) for item in self.data.items)
         crc = zlib.crc32(names.encode("utf-8", "surrogateescape"))
         weights = None if self.class_weights is None else self.class_weights.tolist()  # not the name of their file
         return own | {"images": len(self.data), "names": f"{crc:08x}", "classes": list(self.data.classes), "class_weights": weights}
