@@ -125,23 +125,28 @@ def evaluate(net: nn.Module, dataset: DataSet, *, device: torch.device, rank: in
     """The confusion matrix (n, n) of the network on a labelled data set, int64 on the CPU, summed over all ranks.
 
     Rank r takes images r, r + world, ...: none twice. options are `predict`'s. Leaves the network in eval mode.
-    Raises InputError for a split without ground truth or a file that cannot be used.
+    Raises InputError, on every rank, for a split without ground truth or a file that cannot be used.
     """
     if not dataset.labelled:
         raise InputError(f"split {dataset.split!r} of {dataset.name} has no ground truth, so it cannot be scored: "
                          "take a labelled split, or write masks with predict.py")
     net.eval()
-    n = len(dataset.classes)
+    n, failure = len(dataset.classes), None
     matrix = torch.zeros(n, n, dtype=torch.int64, device=device)
     with torch.backends.cudnn.flags(benchmark=False, deterministic=True):  # the same kernels whoever calls, on any rank
-        for index, image, label in eval_images(dataset, rank, world, workers):
-            probabilities = predict(net, image.to(device, non_blocking=True), **options)
-            matrix += confusion(probabilities.argmax(0), label.to(device, non_blocking=True), n)
-            progress(index + 1, len(dataset))
-    matrix = matrix.cpu()
+        try:
+            for index, image, label in eval_images(dataset, rank, world, workers):
+                probabilities = predict(net, image.to(device, non_blocking=True), **options)
+                matrix += confusion(probabilities.argmax(0), label.to(device, non_blocking=True), n)
+                progress(index + 1, len(dataset))
+        except InputError as e:
+            failure = e
+    sums = torch.cat([matrix.flatten().cpu(), torch.tensor([failure is not None])])
     if world > 1:
-        dist.all_reduce(matrix)
-    return matrix
+        dist.all_reduce(sums)
+    if sums[-1]:
+        raise failure or InputError(f"rank {rank}: stopped, since another rank cannot go on")
+    return sums[:-1].view(n, n)
 
 
 # ------------------------------------------------------------------------------------------- what the scripts share
@@ -308,6 +313,11 @@ def run_script(main: Callable[[], int | None]) -> None:
     except InputError as e:
         print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as e:
+        if "DataLoader worker" not in str(e):
+            raise
+        sys.exit(f"{Path(sys.argv[0]).name}: a process that reads images was killed, as for want of memory: lower --workers, or enlarge "
+                 "/dev/shm")
 
 
 FLAGS = {  # spelt and meant alike in the scripts that take a checkpoint

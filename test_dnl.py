@@ -1,6 +1,7 @@
 """Every equation and every promise, tested. `python -m pytest` runs all; `-m "not slow"` leaves out what takes minutes."""
 import argparse
 import ast
+import contextlib
 import io
 import json
 import multiprocessing
@@ -1854,7 +1855,7 @@ def run_folder(street, tmp_path_factory):
 
 
 def test_a_run_leaves_its_four_files(run_folder):
-    assert {p.name for p in run_folder.iterdir()} == {"last.pt", "last.prev.pt", "best.pt", "log.jsonl", "val.png"}
+    assert {p.name for p in run_folder.iterdir()} == {"last.pt", "last.prev.pt", "best.pt", "log.jsonl", "val.png", ".lock"}
     settings, *epochs = map(json.loads, (run_folder / "log.jsonl").read_text().splitlines())
     assert settings["settings"]["batch"] == 4 and [e["epoch"] for e in epochs] == [1, 2] and epochs[1]["step"] == 6
     assert set(epochs[0]) == {"epoch", "step", "lr", "skipped", "loss", "loss_res2", "loss_res3", "miou", "accuracy", "iou"}
@@ -2418,11 +2419,71 @@ def test_the_best_that_a_full_disk_lost_is_not_told_as_best(street, tmp_path, mo
     assert best["step"] == 6 and best["best"] == last["best"] == 0.4
 
 
+def test_the_best_of_the_last_epoch_is_tried_again(street, tmp_path, monkeypatch, stub):
+    """best.pt cannot be written at first; the retry at the end has the very weights."""
+    tried = []
+
+    def full(path, save):
+        if path.name == "best.pt" and not tried:
+            tried.append(path)
+            raise OSError(28, "No space left on device")
+        return write(path, save)
+
+    monkeypatch.setattr(train, "write", full)
+    assert trained(tmp_path / "r", street, "--epochs", 1) == 0
+    assert same_state(tmp_path / "r" / "best.pt", tmp_path / "r" / "last.pt")
+
+
+def test_nobody_listens(street, tmp_path, monkeypatch, stub):
+    """Nothing that is printed is worth a training: output to a full disk."""
+    assert trained(tmp_path / "whole", street) == 0
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        monkeypatch.setattr(sys, "stderr", full)
+        assert trained(tmp_path / "r", street) == 0
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
+    assert same_run(tmp_path / "whole", tmp_path / "r")
+
+
+def test_two_trainings_in_one_folder(street, tmp_path, stub):
+    first = forked(train.main, *TINY, "--root", street, "--out", tmp_path / "r", "--epochs", 2000)
+    while not (tmp_path / "r" / "last.pt").exists():
+        time.sleep(0.05)
+    with pytest.raises(data.InputError, match="another training is writing"):
+        trained(tmp_path / "r", street, "--epochs", 2000)
+    first.kill()
+    first.join()
+
+
+def test_resume_into_the_folder_of_another_run(run_folder, street, tmp_path, stub):
+    assert trained(tmp_path / "r", street, "--seed", 5, "--epochs", 1) == 0
+    with pytest.raises(data.InputError, match="holds a run of other settings"):
+        trained(tmp_path / "r", street, "--resume", run_folder / "last.pt")
+    (tmp_path / "r" / "last.pt").unlink()
+    assert trained(tmp_path / "s", street, "--epochs", 2, "--eval-every", 2) == 0
+    os.replace(tmp_path / "r" / "best.pt", tmp_path / "s" / "best.pt")
+    assert trained(tmp_path / "s", street, "--epochs", 2, "--eval-every", 2) == 0
+    args = train.parse([*TINY, "--root", str(street), "--out", str(tmp_path / "s"), "--eval-every", "2"], 1)
+    run = train.setup(args, 0, 1, CPU)
+    train.restore(run)
+    assert run.step == 6 and run.best is None  # that best.pt is another run's
+
+
+def test_an_image_that_breaks_while_scoring_is_one_line_on_every_rank(run_folder, street, tmp_path):
+    root = tmp_path / "street"
+    shutil.copytree(street, root)
+    (root / "images" / "val" / "3.png").write_bytes(b"not an image")
+    status, texts = ranks(2, evaluate.main, run_folder / "last.pt", "--root", root, "--workers", 0, said=tmp_path / "said")
+    assert status == [2, 2] and all(text.count("\n") == 1 for text in texts) and "val/3.png" in texts[1], texts
+
+
 def broken_fields(state):
     """A checkpoint with one field changed into what no run writes."""
     momentum = state["optimizer"]["state"]
     yield from ({"step": 7}, {"step": -1}, {"step": 2.5}, {"step": "6"}, {"step": 5}, {"history": []}, {"history": None},
-                {"history": state["history"][::-1]}, {"skipped": None}, {"skipped": 99}, {"best": "0.5"}, {"best": float("nan")},
+                {"history": state["history"][::-1]}, {"skipped": None}, {"skipped": 99},
                 {"sums": torch.zeros(2, dtype=torch.float64)}, {"sums": state["sums"] + float("nan")}, {"sums": 0},
                 {"optimizer": {}}, {"optimizer": {"state": {0: {"momentum_buffer": torch.zeros(1)}}}},
                 {"optimizer": {"state": {10 ** 9: momentum[0]}}}, {"optimizer": {"state": momentum | {"x": momentum[0]}}},

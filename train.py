@@ -12,6 +12,7 @@ weights and its number, so nothing is replayed and nothing else is random.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import math
 import os
@@ -150,6 +151,8 @@ def parse(argv: Sequence[str] | None, world: int) -> argparse.Namespace:
                  "workers", "skip_nonfinite", "save_every"):
         if not 0 <= getattr(args, name) < math.inf:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 0 or more")
+    if args.seed >= 2**63:
+        raise InputError(f"--seed {args.seed}: expected a number below 2^63")
     if not 0 <= args.ema < 1:
         raise InputError(f"--ema {args.ema}: expected 0 (off) or a decay below 1, such as 0.999")
     if args.context != "dnl" and (args.no_gr or args.no_lr):
@@ -322,6 +325,14 @@ def over_ranks(run: Run, facts: Sequence[float]) -> list[float]:
     return t.tolist()
 
 
+def tell(text: str, file: Any = None, end: str = "\n") -> None:
+    """Print, where anybody listens: a closed pipe or a full disk behind it stops no training."""
+    try:
+        print(text, file=file, end=end, flush=True)
+    except OSError:
+        pass
+
+
 def count_labelled(run: Run, labels: Tensor, among: Tensor | bool = True) -> Tensor:
     """Labelled pixels of a batch of this rank, of those `among` them, each counted by the weight of its class."""
     weight = labels != IGNORE
@@ -433,7 +444,7 @@ def validate(run: Run, net: nn.Module) -> dict[str, Any]:
 def state_of(run: Run) -> dict[str, Any]:
     """The checkpoint: one dict of tensors and plain values, readable with weights_only. Call on all ranks: it sums over them."""
     sums = torch.tensor(over_ranks(run, run.sums.tolist()), dtype=torch.float64)
-    return {"version": VERSION, "model": run.net.state_dict(), "optimizer": run.optimizer.state_dict(),
+    return {"version": VERSION, "model": run.net.state_dict(), "optimizer": {"state": run.optimizer.state_dict()["state"]},
             "scaler": run.scaler.state_dict(), "ema": run.ema.state_dict() if run.ema is not None else None,
             "config": asdict(run.net.config), "settings": run.settings, "data": run.data.name,
             "root": str(Path(run.args.root).resolve()) if run.args.root else None, "classes": list(run.data.classes),
@@ -442,20 +453,21 @@ def state_of(run: Run) -> dict[str, Any]:
             "history": run.history}
 
 
-def save(run: Run, best: float | None = None) -> None:
+def save(run: Run) -> None:
     """Write (best.pt, ema.pt and) last.pt, keeping the one before as last.prev.pt, and log.jsonl. A full disk is a warning, and
-    tried again. InputError where the weights are not finite: they would replace good ones. best: the mIoU, if it is the highest."""
+    tried again. InputError where the weights are not finite: they would replace good ones."""
     check_finite(run)
     if not all(t.isfinite().all() for t in run.net.state_dict().values()):
         raise nonfinite(run, run.step - 1, "weights are")
     state, out = state_of(run), run.args.out
     if run.rank:
         return
+    miou = run.history[-1]["miou"] if run.history and run.history[-1]["step"] == run.step else None  # of these weights
     try:
-        if best is not None:
-            state["best"] = best
+        if miou is not None and (run.best is None or miou > run.best):
+            state["best"] = miou
             write(out / "best.pt", lambda f: torch.save(state, f))
-            run.best = best
+            run.best = miou
         if run.ema is not None:
             write(out / "ema.pt", lambda f: torch.save(state | {"model": state["ema"]}, f))
         write(out / "new.pt", lambda f: torch.save(state, f))
@@ -464,8 +476,7 @@ def save(run: Run, best: float | None = None) -> None:
         run.unsaved = False
     except OSError as e:
         run.unsaved = True
-        print(f"warning: step {run.step} not saved ({e}); the one before is kept, tried again within {run.args.log_every} steps",
-              file=sys.stderr, flush=True)
+        tell(f"warning: step {run.step} not saved ({e}); tried again within {run.args.log_every} steps", sys.stderr)
 
 
 def promote(out: Path) -> None:
@@ -485,16 +496,18 @@ def write_log(run: Run) -> None:
 def find_checkpoint(run: Run) -> tuple[Path, dict[str, Any]] | None:
     """--resume's file; for auto the newest whole one of the run's folder, None where there is none at all."""
     if run.args.resume != "auto":
+        if there(run, "last.pt").get("settings", run.settings) != run.settings:
+            raise InputError(f"--out {run.args.out}: holds a run of other settings, which this one would replace: choose another")
         return Path(run.args.resume), read_checkpoint(run.args.resume)
-    there = [p for p in (run.args.out / "last.pt", run.args.out / "last.prev.pt") if p.exists()]
-    for path in there:
+    found = [p for p in (run.args.out / "last.pt", run.args.out / "last.prev.pt") if p.exists()]
+    for path in found:
         try:
             return path, read_checkpoint(path)
         except InputError as e:
-            if path == there[-1]:
+            if path == found[-1]:
                 raise
             if run.rank == 0:
-                print(f"warning: {e}; going on from {there[-1].name}", file=sys.stderr)
+                tell(f"warning: {e}; going on from {found[-1].name}", sys.stderr)
     return None
 
 
@@ -507,7 +520,6 @@ def check_state(run: Run, state: dict[str, Any]) -> None:
         "history": [line["epoch"] for line in history] == [*range(1, len(history) + 1)]
                    and len(history) in ((epochs,) if rest else (epochs - 1, epochs)),  # the epoch's line comes after validation
         "skipped": type(state["skipped"]) is int and 0 <= state["skipped"] <= state["step"],
-        "best": state["best"] is None or 0 <= state["best"] <= 1,
         "sums": state["sums"].shape == run.sums.shape and state["sums"].dtype == run.sums.dtype and state["sums"].isfinite().all(),
         "scaler": state["scaler"].keys() == run.scaler.state_dict().keys(),
         "optimizer": momentum.keys() <= {*range(len(parameters))} and all(
@@ -515,6 +527,14 @@ def check_state(run: Run, state: dict[str, Any]) -> None:
     wrong = [name for name, good in sound.items() if not good]
     if wrong:
         raise ValueError(f"damaged: {', '.join(wrong)} of no run of these settings: give another, or train again")
+
+
+def there(run: Run, name: str) -> dict[str, Any]:
+    """The checkpoint of that name in the run's folder; empty where there is none that can be read."""
+    try:
+        return read_checkpoint(run.args.out / name)
+    except InputError:
+        return {}
 
 
 def restore(run: Run) -> None:
@@ -535,7 +555,8 @@ def restore(run: Run) -> None:
         run.optimizer.load_state_dict(run.optimizer.state_dict() | {"state": state["optimizer"]["state"]})
         run.scaler.load_state_dict(state["scaler"])
         run.step, run.history, run.skipped = state["step"], state["history"], state["skipped"]
-        run.best = state["best"] if (run.args.out / "best.pt").exists() else None
+        best = there(run, "best.pt") if run.rank == 0 else {}
+        run.best = float(best["best"]) if best.get("settings") == run.settings else None
         run.sums += state["sums"].to(run.device) if run.rank == 0 else 0
     except Exception as e:  # a field of another kind can fail in any of these
         raise InputError(f"{path}: {e if isinstance(e, ValueError) else f'{type(e).__name__} {e}'}".replace("\n", " ")) from None
@@ -543,8 +564,8 @@ def restore(run: Run) -> None:
         try:
             write_log(run)
         except OSError as e:
-            print(f"warning: log.jsonl not written ({e})", file=sys.stderr)
-        print(f"resumed {path} at step {run.step} of {run.total}")
+            tell(f"warning: log.jsonl not written ({e})", sys.stderr)
+        tell(f"resumed {path} at step {run.step} of {run.total}")
 
 
 # ------------------------------------------------------------------------------------------------------ the training
@@ -552,10 +573,12 @@ def restore(run: Run) -> None:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that receives SIGTERM, SIGUSR1 (Slurm's warning) and SIGINT: the step is finished and the run saved."""
+    """A list that receives SIGTERM, SIGUSR1 (Slurm's warning), SIGINT and, but under nohup, SIGHUP: the step is finished and the
+    run saved."""
     caught: list[int] = []
     old = {s: signal.signal(s, lambda number, frame: caught.append(number))
-           for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+           for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+           if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN}
     try:
         yield caught
     finally:
@@ -584,9 +607,9 @@ def say(run: Run, loss: str, speed: float) -> None:
             f"left {left // 3600}:{left // 60 % 60:02}:{left % 60:02}")
     if sys.stdout.isatty():
         done = 20 * run.step // run.total
-        print(f"\r\033[K[{'#' * done}{'.' * (20 - done)}] {line}", end="", flush=True)
+        tell(f"\r\033[K[{'#' * done}{'.' * (20 - done)}] {line}", end="")
     else:
-        print(line, flush=True)
+        tell(line)
 
 
 def end_epoch(run: Run, board: Any) -> None:
@@ -606,11 +629,10 @@ def end_epoch(run: Run, board: Any) -> None:
         set_mode(run.net, run.args.freeze_bn)
     run.history.append(line)
     run.sums.zero_()
-    miou = line["miou"]
-    save(run, best=miou if miou is not None and (run.best is None or miou > run.best) else None)
-    if run.rank == 0 and miou is not None:
-        print("\n" * sys.stdout.isatty()
-              + f"epoch {epoch}/{run.args.epochs}  val mIoU {miou}  accuracy {line['accuracy']}", flush=True)
+    save(run)
+    if run.rank == 0 and "iou" in line:
+        tell("\n" * sys.stdout.isatty() + f"epoch {epoch}/{run.args.epochs}  val mIoU {line['miou']}  accuracy {line['accuracy']}"
+             + "; no pixel of the validation split is labelled" * (line["miou"] is None))
     if board is not None:
         write_board(run, board, line)
 
@@ -711,23 +733,31 @@ def finish(run: Run) -> int:
     """The table of classes of the last epoch and val.png, by rank 0. Returns the exit status: 1 where the disk was full to the end."""
     if run.rank == 0:
         last, out = run.history[-1], run.args.out
-        print(table({**last, "iou": list(last["iou"].values())}, run.data.classes))
+        tell(table({**last, "iou": list(last["iou"].values())}, run.data.classes))
         pictures = val_sheet(run)
         try:
             write(out / "val.png", lambda f: pictures.save(f, "PNG"))
         except OSError as e:
-            print(f"warning: val.png not written ({e})", file=sys.stderr)
+            tell(f"warning: val.png not written ({e})", sys.stderr)
             return 1
         best = "" if run.best is None else f"best.pt (mIoU {run.best:.4f}), "
-        print(f"in {out}: last.pt, {best}log.jsonl, val.png")
+        tell(f"in {out}: last.pt, {best}log.jsonl, val.png")
     return int(run.unsaved)
 
 
-def make_folder(path: Path) -> None:
-    """The run's folder, ready to be looked at, or InputError."""
+def make_folder(path: Path) -> Any:
+    """The run's folder, ready to be looked at, or InputError. Returns a file in it that is locked as long as it is open."""
     try:
         path.mkdir(parents=True, exist_ok=True)
+        lock = open(path / ".lock", "w")
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by the loader's processes, which outlive a killed one
+        except (BlockingIOError, PermissionError):
+            raise InputError(f"--out {path}: another training is writing to it: wait for it, end it, or choose another") from None
+        except OSError:
+            pass  # a file system without locks
         promote(path)
+        return lock
     except OSError as e:
         raise InputError(f"--out {path}: {e.strerror}: choose another") from None
 
@@ -746,20 +776,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse(argv, world)
         choose_kernels(args)
         run = setup(args, rank, world, device)
-        if rank == 0:
-            make_folder(args.out)
-            sys.stderr.writelines(f"note: {text}\n" for text in notes(args))
-        over_ranks(run, [0])  # no rank looks for a checkpoint before
-        restore(run)
-        if over_ranks(run, [run.step])[0] != run.step * world:
-            raise InputError(f"{args.out}: the ranks found different checkpoints: name an --out that all nodes see")
-        stopped = train(run)
-        if stopped:
-            saved = "not saved" if over_ranks(run, [run.unsaved])[0] else "saved"
-            print(f"rank {rank}: stopped by {signal.Signals(stopped).name} at step {run.step}, {saved}: the same command goes on",
-                  file=sys.stderr)
-            return 128 + stopped
-        return finish(run)
+        with make_folder(args.out) if rank == 0 else nullcontext():
+            if rank == 0:
+                sys.stderr.writelines(f"note: {text}\n" for text in notes(args))
+            over_ranks(run, [0])  # no rank looks for a checkpoint before
+            restore(run)
+            if over_ranks(run, [run.step])[0] != run.step * world:
+                raise InputError(f"{args.out}: the ranks found different checkpoints: name an --out that all nodes see")
+            stopped = train(run)
+            if stopped:
+                saved = "not saved" if over_ranks(run, [run.unsaved])[0] else "saved"
+                tell(f"rank {rank}: stopped by {signal.Signals(stopped).name} at step {run.step}, {saved}: the same command goes on",
+                     sys.stderr)
+                return 128 + stopped
+            return finish(run)
 
 
 if __name__ == "__main__":
