@@ -2402,17 +2402,23 @@ def test_stopped_with_a_full_disk_is_not_told_as_saved(street, tmp_path, monkeyp
     assert "SIGTERM at step 1, not saved" in capsys.readouterr().err
 
 
-def test_the_best_that_a_full_disk_lost_is_not_told_as_best(street, tmp_path, monkeypatch, capsys, stub):
-    rising, tried = iter((0.5, 0.4, 0.3)), []
-    monkeypatch.setattr(train, "validate", lambda run, net: {"miou": next(rising), "accuracy": 1.0, "iou": [0.5] * 3})
+def no_room_at_first(monkeypatch, name):
+    """The first write of a file of this name meets a full disk."""
+    tried = []
 
     def full(path, save):
-        if path.name == "best.pt" and not tried:
+        if path.name == name and not tried:
             tried.append(path)
             raise OSError(28, "No space left on device")
         return write(path, save)
 
     monkeypatch.setattr(train, "write", full)
+
+
+def test_the_best_that_a_full_disk_lost_is_not_told_as_best(street, tmp_path, monkeypatch, capsys, stub):
+    rising = iter((0.5, 0.4, 0.3))
+    monkeypatch.setattr(train, "validate", lambda run, net: {"miou": next(rising), "accuracy": 1.0, "iou": [0.5] * 3})
+    no_room_at_first(monkeypatch, "best.pt")
     assert trained(tmp_path / "r", street, "--epochs", 3) == 0
     assert "best.pt (mIoU 0.4000)" in capsys.readouterr().out
     best, last = (evaluate.read_checkpoint(tmp_path / "r" / name) for name in ("best.pt", "last.pt"))
@@ -2420,16 +2426,8 @@ def test_the_best_that_a_full_disk_lost_is_not_told_as_best(street, tmp_path, mo
 
 
 def test_the_best_of_the_last_epoch_is_tried_again(street, tmp_path, monkeypatch, stub):
-    """best.pt cannot be written at first; the retry at the end has the very weights."""
-    tried = []
-
-    def full(path, save):
-        if path.name == "best.pt" and not tried:
-            tried.append(path)
-            raise OSError(28, "No space left on device")
-        return write(path, save)
-
-    monkeypatch.setattr(train, "write", full)
+    """The retry at the end has the very weights."""
+    no_room_at_first(monkeypatch, "best.pt")
     assert trained(tmp_path / "r", street, "--epochs", 1) == 0
     assert same_state(tmp_path / "r" / "best.pt", tmp_path / "r" / "last.pt")
 
