@@ -333,6 +333,11 @@ def tell(text: str, file: Any = None, end: str = "\n") -> None:
         pass
 
 
+def live() -> bool:
+    """Whether a person sees the lines, who may have closed the output."""
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
 def count_labelled(run: Run, labels: Tensor, among: Tensor | bool = True) -> Tensor:
     """Labelled pixels of a batch of this rank, of those `among` them, each counted by the weight of its class."""
     weight = labels != IGNORE
@@ -605,7 +610,7 @@ def say(run: Run, loss: str, speed: float) -> None:
     line = (f"epoch {(run.step - 1) // run.per_epoch + 1}/{run.args.epochs}  step {run.step}/{run.total}  loss {loss}  "
             f"lr {run.lr:.6f}  {speed:.1f} images/s  {memory:.1f} GiB  "
             f"left {left // 3600}:{left // 60 % 60:02}:{left % 60:02}")
-    if sys.stdout.isatty():
+    if live():
         done = 20 * run.step // run.total
         tell(f"\r\033[K[{'#' * done}{'.' * (20 - done)}] {line}", end="")
     else:
@@ -631,7 +636,7 @@ def end_epoch(run: Run, board: Any) -> None:
     run.sums.zero_()
     save(run)
     if run.rank == 0 and "iou" in line:
-        tell("\n" * sys.stdout.isatty() + f"epoch {epoch}/{run.args.epochs}  val mIoU {line['miou']}  accuracy {line['accuracy']}"
+        tell("\n" * live() + f"epoch {epoch}/{run.args.epochs}  val mIoU {line['miou']}  accuracy {line['accuracy']}"
              + "; no pixel of the validation split is labelled" * (line["miou"] is None))
     if board is not None:
         write_board(run, board, line)
@@ -778,7 +783,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = setup(args, rank, world, device)
         with make_folder(args.out) if rank == 0 else nullcontext():
             if rank == 0:
-                sys.stderr.writelines(f"note: {text}\n" for text in notes(args))
+                for text in notes(args):
+                    tell(f"note: {text}", sys.stderr)
             over_ranks(run, [0])  # no rank looks for a checkpoint before
             restore(run)
             if over_ranks(run, [run.step])[0] != run.step * world:
