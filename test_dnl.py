@@ -2189,7 +2189,7 @@ def test_mutated_checkpoints(tmp_path, monkeypatch, stub):
 @pytest.mark.parametrize("skip", [0, 2, 99])
 def test_loss_that_is_not_finite(street, tmp_path, monkeypatch, skip, capsys, stub):
     """Step 4's images are made infinite: the run stops and names them, or leaves the step out."""
-    normal, calls = train.part_losses, []
+    normal = train.part_losses
 
     def broken(run, x, y, labelled):
         return normal(run, x * float("inf") if run.step == 3 else x, y, labelled)
