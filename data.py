@@ -43,6 +43,7 @@ IGNORE = 255
 SPLITS = ("train", "val", "trainval", "test")
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet, 0..255
 PAD = (124, 116, 104)  # MEAN, rounded: close to 0 once normalized
+GROUP_SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class InputError(ValueError):
@@ -624,17 +625,23 @@ def _collate(rows: list) -> list[Tensor] | InputError:
 
 
 def _leave_signals(worker: int) -> None:
-    """Ctrl-C and Slurm's signals reach the whole process group: the main process decides, and finishes its step. SIGTERM is
-    also how it ends a worker that it has not closed: so that one is put off, by longer than a step takes."""
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    """Signals that reach the whole process group, Ctrl-C and Slurm's among them, are for the main process, which finishes its
+    step. SIGTERM is also how it ends a worker that it has not closed: so that one is put off, by longer than a step takes."""
+    for number in GROUP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {*GROUP_SIGNALS, signal.SIGTERM})
 
 
 def _batches(load: Callable, workers: int, **options: object) -> Iterator:
     # a generator of its own: DataLoader would otherwise draw from torch's global one
-    for batch in DataLoader(_Guard(load), num_workers=workers, worker_init_fn=_leave_signals,
-                            generator=torch.Generator(), **options):
+    loader = DataLoader(_Guard(load), num_workers=workers, worker_init_fn=_leave_signals, generator=torch.Generator(), **options)
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {*GROUP_SIGNALS, signal.SIGTERM})  # by a worker too, until it has its handlers
+    try:
+        batches = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+    for batch in batches:
         if isinstance(batch, InputError):
             raise batch
         yield batch

@@ -1449,14 +1449,23 @@ def test_files_that_change_while_training_are_named(folder, change, words):
         assert data.read(data.open_dataset("folder", folder, "train"), 1)[1].shape == (30, 40)
 
 
-def test_workers_outlive_signals_to_the_group():
+def test_workers_outlive_signals_to_the_group_from_their_first_moment(monkeypatch):
+    numbers, ready = (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGTERM), data._leave_signals
+
+    def signalled(worker):  # before the handlers are set
+        for number in numbers:
+            os.kill(os.getpid(), number)
+        ready(worker)
+
+    monkeypatch.setattr(data, "_leave_signals", signalled)
     steps = data.train_batches(scenes(6), seed=0, batch=6, start=0, stop=40, rank=0, world=1, crop=8, workers=2)
     next(steps)
     workers = multiprocessing.active_children()
     for worker in workers:
-        os.kill(worker.pid, signal.SIGINT)
-        os.kill(worker.pid, signal.SIGUSR1)
+        for number in numbers:
+            os.kill(worker.pid, number)
     assert len(workers) == 2 and len(list(steps)) == 39
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()).intersection(numbers)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
