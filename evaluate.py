@@ -344,8 +344,8 @@ def parse_flags(p: argparse.ArgumentParser, argv: Sequence[str] | None, *names: 
     add_flags(p, *names)
     args = p.parse_args(argv)
     crop = getattr(args, "crop", None)
-    if not all(0 < s < float("inf") for s in getattr(args, "scales", [1])) or (crop is not None and crop < 1) or args.workers < 0:
-        raise InputError("--scales and --crop must be above 0, --workers 0 or more")
+    if not all(0 < s <= 10 for s in getattr(args, "scales", [1])) or (crop is not None and crop < 1) or args.workers < 0:
+        raise InputError("--scales must be above 0 and at most 10, --crop above 0, --workers 0 or more")
     return args
 
 

@@ -2759,7 +2759,7 @@ def test_nothing_to_do_is_an_error(tmp_path):
             run("absent.pt", given)
 
 
-@pytest.mark.parametrize("flags", [["--attention", "1;2"], ["--format", "ade20k", "--confidence"], ["--scales", "0"]])
+@pytest.mark.parametrize("flags", [["--attention", "1;2"], ["--format", "ade20k", "--confidence"], ["--scales", "0"], ["--scales", "1e9"]])
 def test_wrong_flags(photo, flags):
     with pytest.raises(InputError):
         run("absent.pt", photo, *flags)

@@ -23,7 +23,7 @@ import dnl
 from data import IGNORE, DataSet, InputError, decode_image, palette, read
 from evaluate import (AMP, Parser, add_flags, choose_amp, colorize, load_network, open_like, read_checkpoint, run_script,
                       sheet)
-from predict import attention_row, attention_sheet, pixel_of, predict_ids, require_attention, require_pixel
+from predict import attention_row, attention_sheet, pixel_of, predict_ids, require_attention, require_pixel, save
 
 # ------------------------------------------------------------------------------------------ predictions, compared
 
@@ -138,12 +138,18 @@ def read_log(run: str) -> list[dict]:
     path = Path(run, "log.jsonl") if Path(run).is_dir() else Path(run)
     try:
         epochs = [e for e in map(json.loads, path.read_text(encoding="utf-8").splitlines()) if "settings" not in e]
-        if not epochs or not all({"epoch", "loss", "miou"} <= e.keys() for e in epochs):
-            raise ValueError("no epoch in it")
-    except (OSError, ValueError, AttributeError, TypeError) as e:
+        if not epochs or not all(type(e["epoch"]) is int and e["epoch"] > 0 and is_value(e["loss"]) and is_value(e["miou"])
+                                 for e in epochs):
+            raise ValueError("no epoch in it, or other values than train.py writes")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
         raise InputError(f"{path}: not the log of a run ({getattr(e, 'strerror', None) or e}): name the folder that train.py "
                         "wrote, after its first epoch") from None
     return epochs
+
+
+def is_value(x: object) -> bool:
+    """Whether a log's loss or mIoU can be drawn: a finite number, or None where there was none."""
+    return x is None or isinstance(x, (int, float)) and math.isfinite(x)
 
 
 def ticks(low: float, high: float, about: int = 8) -> list[float]:
@@ -244,6 +250,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = main.parse_args(argv)
     if args.width < 200:
         raise InputError(f"--width {args.width}: expected 200 or more")
+    if not args.out.lower().endswith(".png"):
+        raise InputError(f"--out {args.out}: expected the name of a .png file")
     return args
 
 
@@ -255,11 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         out = curves(args.runs, args.names, args.width)
     else:
         out = {"attention": attention, "compare": compare, "region": compare}[args.figure](args, device)
-    try:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        out.save(args.out)
-    except (OSError, ValueError) as e:
-        raise InputError(f"--out {args.out}: cannot be written ({e}): name a .png file in a folder of yours") from None
+    save(out, Path(args.out))
     print(f"wrote {args.out}, {out.width}x{out.height}")
     return 0
 

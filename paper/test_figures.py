@@ -112,6 +112,10 @@ def test_curves(tmp_path):
         assert (np.abs(out.astype(int) - color).sum(2) < 12).sum() > 100  # its legend and its points
 
 
+EDITED = ('{"epoch": 0, "loss": 1, "miou": null}', '{"epoch": "1", "loss": 1, "miou": null}', '{"epoch": 1, "loss": NaN, "miou": null}',
+          '{"epoch": 1, "loss": 1, "miou": "0.5"}', '{"epoch": 1, "loss": 1}', '["epoch"]', "3")
+
+
 @pytest.mark.parametrize("argv, message", [
     (["attention", "dnl.pt", "photo.png", "--pixel", "90,0"], r"photo\.png: pixel 90,0 is outside of the image of 90x61 .* X 0\.\.89, Y 0\.\.60"),
     (["attention", "dnl.pt", "photo.png", "--pixel", "7"], r"--pixel: got '7', expected X,Y"),
@@ -121,12 +125,15 @@ def test_curves(tmp_path):
     (["compare", "dnl.pt", "--images", "64"], r"--images 64: expected numbers in 0\.\.63"),
     (["curves", "."], r"log\.jsonl: not the log of a run \(No such file"),
     (["curves", "photo.png"], r"photo\.png: not the log of a run"),
-    (["curves", "empty.jsonl"], r"empty\.jsonl: not the log of a run \(no epoch in it\)"),
-    (["attention", "dnl.pt", "photo.png", "--pixel", "0,0", "--out", "a.nothing"], r"--out a\.nothing: cannot be written"),
+    (["curves", "empty.jsonl"], r"empty\.jsonl: not the log of a run \(no epoch in it"),
+    *((["curves", f"edited{i}.jsonl"], rf"edited{i}\.jsonl: not the log of a run") for i in range(len(EDITED))),
+    (["attention", "dnl.pt", "photo.png", "--pixel", "0,0", "--out", "a.nothing"], r"--out a\.nothing: expected the name of a \.png"),
+    (["compare", "dnl.pt", "--images", "0", "--out", "photo.png/a.png"], r"photo\.png/a\.png: cannot be written"),
     (["curves", "x", "--width", "20"], r"--width 20: expected 200 or more")])
 def test_wrong_input_is_one_clear_line(made, monkeypatch, argv, message):
     monkeypatch.chdir(made)
-    (made / "empty.jsonl").write_text('{"settings": {}}\n')
+    for name, line in ("empty", '{"settings": {}}'), *((f"edited{i}", line) for i, line in enumerate(EDITED)):
+        (made / f"{name}.jsonl").write_text(line + "\n")
     with pytest.raises(data.InputError, match=message) as error:
         figures.main(argv)
     assert "\n" not in str(error.value)
