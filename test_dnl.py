@@ -2385,6 +2385,32 @@ def test_killed_while_validating_repeats_only_that(street, tmp_path, monkeypatch
     assert same_run(tmp_path / "whole", tmp_path / "r")
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_signal_while_validating_stops_every_rank_at_the_image(street, tmp_path, monkeypatch, stub, world):
+    """Told as saved, which it was before validating; the same command repeats validation alone, to the same bits."""
+    assert ranks(world, train.main, *TINY, "--root", street, "--out", tmp_path / "whole", said=tmp_path / "said")[0] == [0] * world
+    first, prediction, seen = tmp_path / "first", evaluate.predict, []
+
+    def signalled(*args, **kwargs):
+        seen.append(0)
+        if os.environ["RANK"] == "0" and not first.exists():
+            first.touch()
+            os.kill(os.getpid(), signal.SIGUSR1)
+        elif first.exists() and world == 1 and len(seen) == 2:
+            raise RuntimeError("the next image was computed too")
+        return prediction(*args, **kwargs)
+
+    monkeypatch.setattr(evaluate, "predict", signalled)
+    flags = [*TINY, "--root", street, "--out", tmp_path / "r"]
+    status, text = ranks(world, train.main, *flags, said=tmp_path / "said")
+    told = zip(status, text, (signal.SIGUSR1, signal.SIGTERM))
+    assert all(code == 128 + s and f"rank {r}: stopped by {s.name} at step 3, saved" in line for r, (code, line, s) in enumerate(told)), text
+    saved = evaluate.read_checkpoint(tmp_path / "r" / "last.pt")
+    assert saved["step"] == 3 and not saved["history"]
+    monkeypatch.setattr(evaluate, "predict", prediction)
+    assert ranks(world, train.main, *flags, said=tmp_path / "said")[0] == [0] * world and same_run(tmp_path / "whole", tmp_path / "r")
+
+
 @pytest.mark.parametrize("moved", [False, True])
 def test_killed_between_the_two_renames(street, tmp_path, capsys, moved, stub):
     """new.pt is whole and last.pt the one before, still there or already last.prev.pt: the run goes on from new.pt."""

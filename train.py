@@ -212,6 +212,10 @@ def read_weights(path: str, n: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------ a run
 
 
+class Stopped(Exception):
+    """A signal came, to this rank or another, and the run was saved. Its number is the only argument."""
+
+
 @dataclass
 class Run:
     """What training carries from step to step. A checkpoint holds it."""
@@ -236,6 +240,7 @@ class Run:
     history: list[dict[str, Any]] = field(default_factory=list)  # a line per epoch
     best: float | None = None  # the mIoU of best.pt
     unsaved: bool = False  # the last checkpoint could not be written
+    caught: list[int] = field(default_factory=list)  # signals to stop
 
     @property
     def per_epoch(self) -> int:
@@ -434,13 +439,29 @@ def check_finite(run: Run) -> None:
 
 
 def validate(run: Run, net: nn.Module) -> dict[str, Any]:
-    """The scores on the validation split by evaluate.py's function, every rank with rank 0's BatchNorm statistics."""
+    """The scores on the validation split by evaluate.py's function, every rank with rank 0's BatchNorm statistics. Stopped, on
+    every rank, after a signal."""
     if run.world > 1:
         for b in net.buffers():
             dist.broadcast(b, 0)
-    matrix = evaluate(net, run.val, device=run.device, rank=run.rank, world=run.world, workers=run.args.workers,
-                      amp=AMP[run.args.amp])
+
+    def look(done: int, n: int) -> None:
+        if run.caught:
+            raise InputError(f"rank {run.rank}: a signal")
+
+    try:
+        matrix = evaluate(net, run.val, device=run.device, rank=run.rank, world=run.world, workers=run.args.workers,
+                          amp=AMP[run.args.amp], progress=look)
+    except InputError:  # of all ranks, or of none
+        stop_if(run, over_ranks(run, [len(run.caught)])[0])
+        raise
     return scores(matrix)
+
+
+def stop_if(run: Run, signals: float) -> None:
+    """Stopped, where any rank has caught a signal: signals is their number over all ranks."""
+    if signals:
+        raise Stopped(run.caught[0] if run.caught else signal.SIGTERM)
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoints
@@ -619,7 +640,7 @@ def say(run: Run, loss: str, speed: float) -> None:
 
 def end_epoch(run: Run, board: Any) -> None:
     """Validate (every --eval-every epochs, and the last), append the epoch's line to the history, save. Saved before validating
-    too, which may take long: what a kill makes to be repeated then is validation alone."""
+    too, which may take long: after a kill or a signal meanwhile, validation alone is repeated."""
     epoch, names = run.step // run.per_epoch, ("loss", "loss_res2", "loss_res3", "loss_p")
     steps = run.per_epoch - run.skipped + (run.history[-1]["skipped"] if run.history else 0)
     means = [total / steps if steps else None for total in over_ranks(run, run.sums.tolist())]
@@ -687,22 +708,22 @@ def agree(run: Run, batch: Any, *facts: float) -> list[float]:
     return sums
 
 
-def train(run: Run) -> int:
-    """From run.step to the end. Returns the number of the signal that stopped it, or 0."""
+def train(run: Run) -> None:
+    """From run.step to the end. Stopped, after a signal."""
     args, board = run.args, open_board(run)
     batches = train_batches(run.data, seed=args.seed, batch=args.batch, start=run.step, stop=run.total, rank=run.rank,
                             world=run.world, crop=args.crop, scale=tuple(args.scale), workers=args.workers,
                             pin=run.device.type == "cuda")
     set_mode(run.net, args.freeze_bn)
-    with stop_signals() as caught, closing(batches), closing(board) if board is not None else nullcontext():
+    with stop_signals() as run.caught, closing(batches), closing(board) if board is not None else nullcontext():
         if run.step == (len(run.history) + 1) * run.per_epoch:  # stopped while validating
             end_epoch(run, board)
         start, first = time.monotonic(), run.step
         for batch in results(batches):
-            labelled, stop, again = agree(run, batch, len(caught), run.unsaved and run.step % args.log_every == 0)
-            if stop:
+            labelled, signals, again = agree(run, batch, len(run.caught), run.unsaved and run.step % args.log_every == 0)
+            if signals:
                 save(run)
-                return caught[0] if caught else signal.SIGTERM
+            stop_if(run, signals)
             share = train_step(run, batch, labelled)
             if share is not None:
                 run.recent.append((run.step, share))
@@ -718,7 +739,6 @@ def train(run: Run) -> int:
             start += time.monotonic() - pause  # images/s are those of training
     if over_ranks(run, [run.unsaved])[0]:
         save(run)
-    return 0
 
 
 def val_sheet(run: Run) -> Image.Image:
@@ -789,12 +809,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             restore(run)
             if over_ranks(run, [run.step])[0] != run.step * world:
                 raise InputError(f"{args.out}: the ranks found different checkpoints: name an --out that all nodes see")
-            stopped = train(run)
-            if stopped:
-                saved = "not saved" if over_ranks(run, [run.unsaved])[0] else "saved"
-                tell(f"rank {rank}: stopped by {signal.Signals(stopped).name} at step {run.step}, {saved}: the same command goes on",
+            try:
+                train(run)
+            except Stopped as e:
+                number, saved = e.args[0], "not saved" if over_ranks(run, [run.unsaved])[0] else "saved"
+                tell(f"rank {rank}: stopped by {signal.Signals(number).name} at step {run.step}, {saved}: the same command goes on",
                      sys.stderr)
-                return 128 + stopped
+                return 128 + number
             return finish(run)
 
 
