@@ -31,7 +31,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -53,6 +53,23 @@ class InputError(ValueError):
 def show(path: Path | str) -> str:
     """A file's name for a message; quoted and escaped where it would break the line or cannot be printed."""
     return str(path) if str(path).isprintable() else repr(str(path))
+
+
+def write(path: Path, save: Callable[[BinaryIO], object]) -> None:
+    """Call save(file) on a file beside `path`, flush it to the disk, then replace: `path` is whole whatever happens, the
+    old one or the new one. OSError (a full disk) leaves the old one and nothing beside it."""
+    beside = path.with_name(path.name + ".part")
+    try:
+        with open(beside, "wb") as f:
+            save(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(beside, path)
+    except BaseException as e:
+        beside.unlink(missing_ok=True)
+        if isinstance(e, RuntimeError) and isinstance(e.__context__, OSError):  # torch.save's writer has words of its own for it
+            raise e.__context__ from None
+        raise
 
 
 def palette(n: int) -> tuple[tuple[int, int, int], ...]:
@@ -236,22 +253,19 @@ def _places(dataset: DataSet, base: Path) -> tuple[tuple[int, int, int], ...]:
 
 def _write_cache(dataset: DataSet, base: Path) -> tuple[tuple[int, int, int], ...]:
     """Decode every file, images as (H, W, 3) and labels as (H, W) bytes one after another. Returns the index."""
-    places, offset, part = [], 0, Path(f"{base}.part")
-    try:
-        with open(part, "wb") as f:
-            for index, image, label in eval_images(dataset, 0, 1, os.cpu_count() or 1):
-                places.append((offset, *image.shape[1:]))
-                for plane in (image.permute(1, 2, 0), label):
-                    offset += 0 if plane is None else f.write(plane.contiguous().numpy())
-                if index % 100 == 99 or index + 1 == len(dataset):
-                    print(f"cache {show(base)}: {index + 1}/{len(dataset)}, {offset / 2**30:.2f} GiB", file=sys.stderr)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, f"{base}.bin")
-        part.write_text(json.dumps(places))
-        os.replace(part, f"{base}.json")
-    finally:
-        part.unlink(missing_ok=True)
+    places = []
+
+    def fill(f: BinaryIO) -> None:
+        for index, image, label in eval_images(dataset, 0, 1, os.cpu_count() or 1):
+            places.append((f.tell(), *image.shape[1:]))
+            for plane in (image.permute(1, 2, 0), label):
+                if plane is not None:
+                    f.write(plane.contiguous().numpy())
+            if index % 100 == 99 or index + 1 == len(dataset):
+                print(f"cache {show(base)}: {index + 1}/{len(dataset)}, {f.tell() / 2**30:.2f} GiB", file=sys.stderr)
+
+    write(Path(f"{base}.bin"), fill)
+    write(Path(f"{base}.json"), lambda f: f.write(json.dumps(places).encode()))
     return tuple(places)
 
 
@@ -271,8 +285,9 @@ def _open(name: str, root: Path | str | None, split: str) -> tuple[DataSet, list
     if name not in SETTINGS or split not in SPLITS:
         raise InputError(f"got data set {name!r}, split {split!r}; expected one of {', '.join(SETTINGS)} and one of "
                         f"{', '.join(SPLITS)}")
-    if name != "synthetic" and root is None:
-        raise InputError(f"{name} is read from files: name its folder by --root DIR")
+    if (name == "synthetic") != (root is None):
+        raise InputError(f"{name} is read from files: name its folder by --root DIR" if root is None else
+                         f"--root {show(root)}: synthetic scenes are made in memory: name what lies there by --data, or leave --root out")
     items, problems = [], []
     for part in ("train", "val") if split == "trainval" else (split,):
         if name == "synthetic":
@@ -328,7 +343,8 @@ def _missing(name: str, root: Path, folder: Path) -> InputError:
     near = [root.parent, root.parent.parent, *(found.parent for found in root.glob(f"*/{top}"))]
     meant = next((show(c) for c in near if c != root and (c / top / folder.name).is_dir()), None)
     return InputError(f"{show(folder)}: no such folder; expected {name} with {top}/{folder.name} beneath {show(root)}: "
-                     + (f"give --root {meant}" if meant else "name the data set's folder by --root"))
+                     + (f"give --root {meant}" if meant else "name another split, or add this one" if folder.parent.is_dir() else
+                        "name the data set's folder by --root"))
 
 
 def _walk(top: Path, ends: tuple[str, ...], inside: Path | None) -> dict[str, Path]:
@@ -460,7 +476,7 @@ def _color_remedy(raw: np.ndarray, dataset: DataSet) -> str:
     if raw.ndim == 3 and raw.shape[2] >= 3:
         if (raw[..., :3] == raw[..., :1]).all():
             return "its channels are equal: keep one of them"
-        if {tuple(c) for c in np.unique(raw[..., :3].reshape(-1, 3), axis=0).tolist()} <= set(dataset.colors):
+        if {tuple(c) for c in np.unique(raw[..., :3].reshape(-1, 3), axis=0).tolist()} <= {(0, 0, 0), *dataset.colors}:
             return "its colours are those of the classes: write in place of each colour the number of its class"
     return "write the number of the class in each pixel, as 8-bit grey or palette PNG"
 
@@ -553,8 +569,8 @@ def color_jitter(images: Tensor, factors: Tensor) -> Tensor:
 
 def normalize(images: Tensor) -> Tensor:
     """Images (B, 3, H, W), 0..255, to float32 with ImageNet's mean and deviation."""
-    images = images.float()
-    return (images - images.new_tensor(MEAN).view(3, 1, 1)) / images.new_tensor(STD).view(3, 1, 1)
+    mean, std = (torch.tensor(v).view(3, 1, 1).to(images.device, non_blocking=True) for v in (MEAN, STD))
+    return (images.float() - mean) / std
 
 
 # ---- loading
@@ -610,7 +626,7 @@ def _eval_item(dataset: DataSet, index: int) -> tuple[int, np.ndarray, np.ndarra
 
 @dataclass(frozen=True)
 class _Guard:
-    """The map key -> load(key), with a InputError as a value: DataLoader's workers hand on the text of errors only."""
+    """The map key -> load(key), with an InputError as a value: DataLoader's workers hand on the text of errors only."""
     load: Callable
 
     def __getitem__(self, key: object) -> object:
@@ -636,15 +652,19 @@ def _leave_signals(worker: int) -> None:
 def _batches(load: Callable, workers: int, **options: object) -> Iterator:
     # a generator of its own: DataLoader would otherwise draw from torch's global one
     loader = DataLoader(_Guard(load), num_workers=workers, worker_init_fn=_leave_signals, generator=torch.Generator(), **options)
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, {*GROUP_SIGNALS, signal.SIGTERM})  # by a worker too, until it has its handlers
-    try:
-        batches = iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, held)
-    for batch in batches:
+    for batch in _started(loader):  # which no variable holds: in an error's traceback it would keep its workers
         if isinstance(batch, InputError):
             raise batch
         yield batch
+
+
+def _started(loader: DataLoader) -> Iterator:
+    """iter(loader), with signals held back meanwhile: a worker inherits that, until it has its handlers."""
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {*GROUP_SIGNALS, signal.SIGTERM})
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
 # ---- synthetic scenes
@@ -734,9 +754,9 @@ def _check_split(dataset: DataSet, workers: int, progress: bool, problems: list[
             for total, value in zip((pixels, sizes, modes, problems), report):
                 total += value
             done += len(part)
-            if progress:
-                end = "\n" if done == len(dataset) else ""
-                print(f"\rcheck {dataset.split}: {done}/{len(dataset)}, {len(problems)} wrong", end=end,
+            last, live = done == len(dataset), sys.stderr.isatty()
+            if progress and (last or live):
+                print("\r" * live + f"check {dataset.split}: {done}/{len(dataset)}, {len(problems)} wrong", end="\n" * last,
                       file=sys.stderr, flush=True)
     known = pixels[:len(dataset.classes)]
     return {"pairs": sum(sizes.values()), "sizes": dict(sizes.most_common()), "modes": dict(modes.most_common()),
@@ -775,9 +795,9 @@ def class_weights(pixels: np.ndarray) -> np.ndarray:
 def _print_report(report: dict) -> None:
     for split, part in report["splits"].items():
         print(f"{report['data']} {split}: {part['pairs']} readable")
-        for what in ("sizes", "modes"):
+        for what, title in ("sizes", "height x width"), ("modes", "image and label"):
             text = ", ".join(f"{k}: {v}" for k, v in list(part[what].items())[:6])
-            print(f"  {what}  {text}" + f", {len(part[what]) - 6} others" * (len(part[what]) > 6))
+            print(f"  {what} ({title})  {text}" + f", {len(part[what]) - 6} others" * (len(part[what]) > 6))
         total = max(1, sum(part["pixels"]) + part["ignored"])
         rows = zip([*report["classes"], "(ignored)"], [*part["pixels"], part["ignored"]], [*part["weights"], 0.0])
         for name, n, weight in rows:
@@ -794,8 +814,24 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (--help lists the flags)")
 
 
+def run_script(main: Callable[[], int | None]) -> None:
+    """Run a script's main; wrong input becomes one line on standard error and exit status 2, Ctrl-C 130."""
+    try:
+        sys.exit(main())
+    except InputError as e:
+        print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except RuntimeError as e:
+        if "DataLoader worker" not in str(e) and "process pool" not in str(e):
+            raise
+        sys.exit(f"{Path(sys.argv[0]).name}: a process that reads images was killed, as for want of memory: lower --workers, or enlarge "
+                 "/dev/shm")
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Command line. Exit status 0: clean, 1: wrong files were found, 2: unusable input."""
+    """Command line. Exit status 0: clean, 1: wrong files were found. InputError: unusable input."""
     parser = Parser(prog="data.py", description="Read every file of a data set and report.")
     parser.add_argument("action", choices=["check"])
     parser.add_argument("--data", choices=list(SETTINGS), default="synthetic")
@@ -803,17 +839,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--split", choices=SPLITS, help="default: all that are there")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    try:
-        args = parser.parse_args(argv)
-        if args.workers < 0:
-            raise InputError(f"--workers {args.workers}: expected 0 or more")
-        report = check(args.data, args.root, args.split, workers=args.workers, progress=True)
-    except InputError as e:
-        print(e, file=sys.stderr)
-        return 2
+    args = parser.parse_args(argv)
+    if args.workers < 0:
+        raise InputError(f"--workers {args.workers}: expected 0 or more")
+    report = check(args.data, args.root, args.split, workers=args.workers, progress=True)
     print(json.dumps(report)) if args.json else _print_report(report)
     return 1 if report["problems"] else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -147,7 +147,7 @@ class _Spread(torch.autograd.Function):
         ctx.size, ctx.kernel = size, kernel
         (H, W), r = size, kernel // 2
         plane = v.unflatten(2, size)  # (B, C, H, W)
-        out = torch.empty_like(F.pad(plane, (r, r, r, r))).zero_()  # keeps v's memory format
+        out = F.pad(plane, (r, r, r, r)).zero_()  # a copy, in v's memory format
         for d, (y, x) in enumerate(_windows(size, kernel)):
             out[:, :, y, x].addcmul_(s[:, d, None].unflatten(2, size), plane)
         return out[:, :, r:r + H, r:r + W].flatten(2)  # (B, C, N)
@@ -467,7 +467,7 @@ class Network(nn.Module):
         """
         res2, res3, x, f, p = self.features(image)
         f = self.context(f) if p is None else self.context(f, p)
-        parts = [x, self.refine(resize(f, x.shape[2:]))]
+        parts = [x, self.refine(resize(f, x.shape[2:])).to(x.dtype)]  # under autocast gamma has widened it
         if self.pool is not None:
             parts.append(self.pool(x.mean((2, 3), keepdim=True)).expand(-1, -1, *x.shape[2:]))
         outputs = [self.head(torch.cat(parts, 1))]
@@ -518,7 +518,8 @@ def check_fit(module: nn.Module, state: Mapping[str, Tensor], source: str) -> No
               if k in state and state[k].shape != own[k].shape]
     if missing or unexpected or shapes:
         lists = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-        raise ValueError(f"{source} does not fit: " + "; ".join(f"{name}: {', '.join(keys)}" for name, keys in lists if keys))
+        raise ValueError(f"{source} does not fit: " + "; ".join(
+            f"{name}: {', '.join(keys[:8])}" + f" and {len(keys) - 8} more" * (len(keys) > 8) for name, keys in lists if keys))
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -528,9 +529,10 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str) -> 
 
 
 def load_backbone(backbone: ResNet, name: str, weights: str) -> None:
-    """Fill the backbone with ImageNet weights: downloaded ("imagenet", torchvision's, by torch.hub, hash checked) or from a file.
+    """Fill the backbone with ImageNet weights, downloaded ("imagenet": torchvision's, by torch.hub, hash checked), or from a file.
 
-    name: resnet18 ... resnet101. The file's `fc` is left out; any other mismatch is a ValueError that lists the keys.
+    name: resnet18 ... resnet101. The file's `fc` is left out, and of a checkpoint of train.py all but the backbone; any other
+    mismatch is a ValueError that lists the keys.
     """
     if weights == "imagenet":
         if not isinstance(backbone.conv1, nn.Conv2d):
@@ -539,6 +541,8 @@ def load_backbone(backbone: ResNet, name: str, weights: str) -> None:
         state = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True)
     else:
         state = torch.load(weights, map_location="cpu", weights_only=True)
+        if "model" in state:
+            state = {k.removeprefix("backbone."): v for k, v in state["model"].items() if k.startswith("backbone.")}
     load_strict(backbone, {k: v for k, v in state.items() if not k.startswith("fc.")}, f"weights {weights}")
 
 

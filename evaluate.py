@@ -31,7 +31,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 import dnl
-from data import IGNORE, SETTINGS, DataSet, InputError, Parser, eval_images, normalize, open_dataset, show
+from data import IGNORE, SETTINGS, DataSet, InputError, Parser, eval_images, normalize, open_dataset, run_script, show
 
 VERSION = 1  # of the checkpoint's layout
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -62,7 +62,8 @@ def table(result: dict[str, Any], classes: Sequence[str]) -> str:
     width = max(len("pixel accuracy"), *map(len, classes))
     rows = [*zip(classes, result["iou"]), ("mIoU", result["miou"]), ("pixel accuracy", result["accuracy"])]
     lines = [f"{name:<{width}}  {'-' if x is None else f'{100 * x:.2f}':>6}" for name, x in rows]
-    return "\n".join([f"{'class':<{width}}  {'IoU %':>6}", *lines])
+    note = ["- neither in the labels nor predicted: not in the mean"] * (None in result["iou"])
+    return "\n".join([f"{'class':<{width}}  {'IoU %':>6}", *lines, *note])
 
 
 # ---------------------------------------------------------------------------------------------------- prediction
@@ -133,7 +134,7 @@ def evaluate(net: nn.Module, dataset: DataSet, *, device: torch.device, rank: in
     net.eval()
     n, failure = len(dataset.classes), None
     matrix = torch.zeros(n, n, dtype=torch.int64, device=device)
-    with torch.backends.cudnn.flags(benchmark=False, deterministic=True):  # the same kernels whoever calls, on any rank
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True):  # the same kernels whoever calls, on any rank
         try:
             for index, image, label in eval_images(dataset, rank, world, workers):
                 probabilities = predict(net, image.to(device, non_blocking=True), **options)
@@ -255,23 +256,6 @@ def wrong_values(checkpoint: dict[str, Any]) -> list[str]:
     return [name for name in right if not right[name]]
 
 
-def write(path: Path, save: Callable[[Any], Any]) -> None:
-    """Call save(file) on a file beside `path`, flush it to the disk, then replace: `path` is whole whatever happens, the
-    old one or the new one. OSError (a full disk) leaves the old one and nothing beside it."""
-    beside = path.with_name(path.name + ".part")
-    try:
-        with open(beside, "wb") as f:
-            save(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(beside, path)
-    except BaseException as e:
-        beside.unlink(missing_ok=True)
-        if isinstance(e, RuntimeError) and isinstance(e.__context__, OSError):  # torch.save's writer has words of its own for it
-            raise e.__context__ from None
-        raise
-
-
 def check_weights(model: dict[str, Tensor], blank: nn.Module, size: int) -> None:
     """ValueError where a file of so many bytes cannot have held these weights of the network, or not all are finite."""
     dnl.check_fit(blank, model, "the model")
@@ -304,20 +288,6 @@ def load_network(path: str | Path, device: torch.device, context: str | None = N
     except (TypeError, ValueError, RuntimeError) as e:
         raise e if isinstance(e, InputError) else InputError(f"{show(path)}: {show(str(e))}") from None
     return net.to(device, memory_format=torch.channels_last).eval(), checkpoint
-
-
-def run_script(main: Callable[[], int | None]) -> None:
-    """Run a script's main; wrong input becomes one line on standard error and exit status 2."""
-    try:
-        sys.exit(main())
-    except InputError as e:
-        print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as e:
-        if "DataLoader worker" not in str(e):
-            raise
-        sys.exit(f"{Path(sys.argv[0]).name}: a process that reads images was killed, as for want of memory: lower --workers, or enlarge "
-                 "/dev/shm")
 
 
 FLAGS = {  # spelt and meant alike in the scripts that take a checkpoint
@@ -359,21 +329,38 @@ def colorize(ids: np.ndarray, colors: Sequence[tuple[int, int, int]]) -> Image.I
     return image
 
 
+def load_font(size: int) -> ImageFont.FreeTypeFont:
+    """A font of the system with the letters of many languages, where there is one; else Pillow's own, which has ASCII alone."""
+    for name in ("DejaVuSans.ttf", "Arial.ttf"):
+        try:
+            return ImageFont.truetype(name, size)
+        except OSError:
+            continue
+    return ImageFont.load_default(size)
+
+
+def fit(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    """The text, with dots for its end where it is wider than `width` pixels."""
+    if font.getlength(text) <= width:
+        return text
+    return next((text[:n] + "..." for n in range(len(text), 0, -1) if font.getlength(text[:n] + "...") <= width), "...")
+
+
 def sheet(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], classes: Sequence[str],
           colors: Sequence[tuple[int, int, int]], width: int = 320) -> Image.Image:
     """Rows of pictures under titles, each `width` wide, and below them a legend of the classes."""
-    font, gap, line = ImageFont.load_default(14), 6, 22
+    font, gap, line = load_font(14), 6, 22
     rows = [[im.convert("RGB").resize((width, max(1, round(im.height * width / im.width))),
                                       Image.Resampling.NEAREST if im.mode == "P" else Image.Resampling.BILINEAR)
              for im in row] for row in rows]
     across = len(titles) * (width + gap) + gap
-    column = max(int(font.getlength(c)) for c in classes) + 40
+    column = min(max(int(font.getlength(c)) for c in classes) + 40, max(width, 200))
     per_line = max(1, (across - gap) // column)
     tall = line + sum(row[0].height + gap for row in rows) + line * -(-len(classes) // per_line) + gap
     out = Image.new("RGB", (across, tall), "white")
     draw, y = ImageDraw.Draw(out), line
     for i, title in enumerate(titles):
-        draw.text((gap + i * (width + gap), 3), title, "black", font)
+        draw.text((gap + i * (width + gap), 3), fit(title, font, width), "black", font)
     for row in rows:
         for i, im in enumerate(row):
             out.paste(im, (gap + i * (width + gap), y))
@@ -381,7 +368,7 @@ def sheet(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], classes:
     for i, (name, color) in enumerate(zip(classes, colors)):
         left, top = gap + i % per_line * column, y + i // per_line * line
         draw.rectangle((left, top + 2, left + 16, top + 16), tuple(color), "black")
-        draw.text((left + 22, top), name, "black", font)
+        draw.text((left + 22, top), fit(name, font, column - 28), "black", font)
     return out
 
 
@@ -407,7 +394,7 @@ def open_like(checkpoint: dict[str, Any], data: str | None, root: str | None, sp
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate, and print the table from rank 0. Returns the exit status."""
     args = parse(argv)
-    with distributed() as (rank, world, device):
+    with distributed(timedelta(days=1)) as (rank, world, device):  # until the slowest rank has done its share
         net, checkpoint = load_network(args.checkpoint, device, args.context)
         dataset = open_like(checkpoint, args.data, args.root, args.split, args.checkpoint)
         amp = choose_amp(args.amp or checkpoint["amp"], device)

@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -25,13 +25,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import dnl
-from data import ADE20K, CITYSCAPES, LAYOUT, InputError, decode_image, eval_items, normalize, show
-from evaluate import AMP, Parser, choose_amp, colorize, distributed, load_network, parse_flags, predict, run_script, sheet, write
+from data import ADE20K, CITYSCAPES, LAYOUT, InputError, Parser, decode_image, eval_items, normalize, run_script, show, write
+from evaluate import AMP, choose_amp, colorize, distributed, fit, load_font, load_network, parse_flags, predict, sheet
 
 SIDE = 2048  # of a tile, for up to 64 classes
 SERVER = {"cityscapes": tuple(CITYSCAPES), "ade20k": ADE20K}  # the classes, in the order of the network's outputs
@@ -147,7 +147,7 @@ def marked(image: Image.Image, at: tuple[float, float], caption: str) -> Image.I
         draw.line((x - reach, y, x + reach, y), color, width)
         draw.line((x, y - reach, x, y + reach), color, width)
     draw.rectangle((0, image.height, *out.size), "white")
-    draw.text((0, image.height + 1), caption, "dimgray", ImageFont.load_default(14))
+    draw.text((0, image.height + 1), fit(caption, load_font(14), image.width), "dimgray", load_font(14))
     return out
 
 
@@ -218,7 +218,9 @@ def server_names(found: list[tuple[Path, str]]) -> list[tuple[Path, str]]:
 
 
 def check_targets(found: list[tuple[Path, str]], out: Path, endings: Sequence[str]) -> None:
-    """InputError where two images would write one file, an image would be overwritten, or a link leads out of `out`."""
+    """InputError where `out` is a file, two images would write one file, an image would be overwritten, or a link leads out."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {show(out)}: is a file: name a folder")
     images, top, owner = {os.path.realpath(path) for path, _ in found}, os.path.realpath(out), {}
     for path, name in found:
         for target in (os.path.join(top, name + end) for end in endings):
@@ -305,24 +307,26 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def pictures(image: Tensor, path: Path, net: nn.Module, checkpoint: dict[str, Any], args: argparse.Namespace,
-             device: torch.device, amp: torch.dtype | None) -> dict[str, Image.Image]:
-    """All results of an image (H, W, 3) uint8, by the ending of their file's name. InputError: no such pixel in it."""
-    if args.attention:
-        require_pixel(args.attention, image.shape[1], image.shape[0], path)
+             device: torch.device, amp: torch.dtype | None) -> Iterator[tuple[str, Image.Image]]:
+    """The results of an image (H, W, 3) uint8, each with the ending of its file's name. InputError, after the others, where the
+    pixel of --attention is not in the image."""
     side, x = tile_side(len(checkpoint["classes"]), args.crop), image.permute(2, 0, 1)
     ids, confidence = predict_ids(net, x, device=device, side=side, scales=args.scales, flip=args.flip, crop=args.crop,
                                   amp=amp)
     if args.format == "cityscapes":
-        return {".png": Image.fromarray(np.array([v[0] for v in CITYSCAPES.values()], np.uint8)[ids])}
+        yield ".png", Image.fromarray(np.array([v[0] for v in CITYSCAPES.values()], np.uint8)[ids])
+        return
     if args.format == "ade20k":
-        return {".png": Image.fromarray(ids + np.uint8(1))}
-    out = {".png": colorize(ids, checkpoint["colors"]), "_overlay.png": overlay(image, show(path.name), ids, checkpoint)}
+        yield ".png", Image.fromarray(ids + np.uint8(1))
+        return
+    yield ".png", colorize(ids, checkpoint["colors"])
+    yield "_overlay.png", overlay(image, show(path.name), ids, checkpoint)
     if args.confidence:
-        out["_confidence.png"] = Image.fromarray(confidence)
+        yield "_confidence.png", Image.fromarray(confidence)
     if args.attention:
-        caption = "{},{} {}".format(*args.attention, checkpoint["classes"][ids[args.attention[::-1]]])
-        out["_attention.png"] = attention_page(net, x, args.attention, caption, device=device, side=side)
-    return out
+        require_pixel(args.attention, image.shape[1], image.shape[0], path)
+        caption = "{},{} predicted {}".format(*args.attention, checkpoint["classes"][ids[args.attention[::-1]]])
+        yield "_attention.png", attention_page(net, x, args.attention, caption, device=device, side=side)
 
 
 def endings(args: argparse.Namespace) -> list[str]:
@@ -371,7 +375,7 @@ def work(found: list[tuple[Path, str]], net: nn.Module, checkpoint: dict[str, An
         try:
             if isinstance(image, Exception):
                 raise image
-            for end, picture in pictures(image, path, net, checkpoint, args, device, amp).items():
+            for end, picture in pictures(image, path, net, checkpoint, args, device, amp):
                 save(picture, args.out / (name + end))
             counts[0] += 1
         except (ValueError, OSError, SystemError, RuntimeError, MemoryError) as e:  # of this image; the others go on

@@ -16,7 +16,9 @@ import fcntl
 import json
 import math
 import os
+import pickle
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -38,9 +40,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 import dnl
-from data import IGNORE, SETTINGS, InputError, DataSet, color_jitter, normalize, open_dataset, read, step_items, train_batches
-from evaluate import (AMP, VERSION, Parser, choose_amp, colorize, distributed, evaluate, find_factory, predict, read_checkpoint,
-                      run_script, scores, sheet, table, write)
+from data import (IGNORE, SETTINGS, DataSet, InputError, Parser, color_jitter, normalize, open_dataset, read, run_script, step_items,
+                  train_batches, write)
+from evaluate import AMP, VERSION, choose_amp, colorize, distributed, evaluate, find_factory, predict, read_checkpoint, scores, sheet, table
 
 # ------------------------------------------------------------------------------------------------ schedule and loss
 
@@ -101,7 +103,22 @@ def parser() -> Parser:
     g.add_argument("--context", default="dnl", help="dnl, nl, none, or MODULE:FACTORY of your own (%(default)s)")
     g.add_argument("--no-gr", action="store_true", help="without Global Rectifying")
     g.add_argument("--no-lr", action="store_true", help="without Local Retention")
-    g.add_argument("--weights", default="none", help="of the backbone: imagenet (downloaded), none, or a file (%(default)s)")
+    g.add_argument("--weights", default="none", help="of the backbone: imagenet (downloaded), none, or a file, of torchvision or of train.py (%(default)s)")
+    optimisation_flags(p)
+    g = p.add_argument_group("machine")
+    g.add_argument("--workers", type=int, default=2, help="processes that read images, per rank (%(default)s)")
+    g.add_argument("--compile", action="store_true", help="torch.compile the network; SyncBN is not compiled")
+    g.add_argument("--recompute", action="store_true", help="make activations again in the backward: less memory, slower")
+    g.add_argument("--skip-nonfinite", type=int, default=0, metavar="N", help="steps to leave out before giving up (%(default)s)")
+    g.add_argument("--tensorboard", action="store_true")
+    g.add_argument("--log-every", type=int, default=20, metavar="STEPS", help="(%(default)s)")
+    g.add_argument("--eval-every", type=int, default=1, metavar="EPOCHS", help="validate; the last epoch always (%(default)s)")
+    g.add_argument("--save-every", type=int, default=0, metavar="STEPS", help="also between epochs")
+    return p
+
+
+def optimisation_flags(p: Parser) -> None:
+    """The paper's recipe, and what goes beyond it."""
     g = p.add_argument_group("optimisation")
     for name, kind, text in (("crop", int, "pixels"), ("batch", int, "images a step, over all ranks"), ("epochs", int, ""),
                              ("lr", float, ""), ("weight-decay", float, "")):
@@ -123,16 +140,6 @@ def parser() -> Parser:
     g.add_argument("--warmup", type=int, default=0, metavar="STEPS")
     g.add_argument("--backbone-lr", type=float, default=1.0, metavar="FACTOR", help="of the backbone's rate (%(default)s)")
     g.add_argument("--freeze-bn", action="store_true", help="keep the backbone's BatchNorm statistics")
-    g = p.add_argument_group("machine")
-    g.add_argument("--workers", type=int, default=2, help="processes that read images, per rank (%(default)s)")
-    g.add_argument("--compile", action="store_true", help="torch.compile the network")
-    g.add_argument("--recompute", action="store_true", help="make activations again in the backward: less memory, slower")
-    g.add_argument("--skip-nonfinite", type=int, default=0, metavar="N", help="steps to leave out before giving up (%(default)s)")
-    g.add_argument("--tensorboard", action="store_true")
-    g.add_argument("--log-every", type=int, default=20, metavar="STEPS", help="(%(default)s)")
-    g.add_argument("--eval-every", type=int, default=1, metavar="EPOCHS", help="validate; the last epoch always (%(default)s)")
-    g.add_argument("--save-every", type=int, default=0, metavar="STEPS", help="also between epochs")
-    return p
 
 
 def parse(argv: Sequence[str] | None, world: int) -> argparse.Namespace:
@@ -155,6 +162,8 @@ def parse(argv: Sequence[str] | None, world: int) -> argparse.Namespace:
         raise InputError(f"--seed {args.seed}: expected a number below 2^63")
     if not 0 <= args.ema < 1:
         raise InputError(f"--ema {args.ema}: expected 0 (off) or a decay below 1, such as 0.999")
+    if args.context not in ("dnl", "nl", "none") and ":" not in args.context:
+        raise InputError(f"--context {args.context}: expected dnl, nl, none, or MODULE:FACTORY")
     if args.context != "dnl" and (args.no_gr or args.no_lr):
         raise InputError(f"--no-gr and --no-lr are parts of --context dnl, which --context {args.context} has not: leave them out")
     if args.compile and args.recompute:
@@ -218,7 +227,7 @@ class Stopped(Exception):
 
 @dataclass
 class Run:
-    """What training carries from step to step. A checkpoint holds it."""
+    """What training carries from step to step. What of it a checkpoint holds, `state_of` says."""
 
     args: argparse.Namespace
     data: DataSet
@@ -230,8 +239,8 @@ class Run:
     rank: int
     world: int
     device: torch.device
-    weights: Tensor  # of the losses (eq. 5), on the device, as all below
-    class_weights: Tensor | None = None
+    weights: Tensor  # of the losses (eq. 5), on the device
+    class_weights: Tensor | None = None  # on the CPU, where labelled pixels are counted
     ema: dnl.Network | None = None
     step: int = 0
     skipped: int = 0
@@ -295,7 +304,7 @@ def setup(args: argparse.Namespace, rank: int, world: int, device: torch.device)
     weights = [1.0, args.aux_weight, args.aux_weight] + [args.coarse_weight] * config.p_supervised
     return Run(args, data, val, net, model, optimizer, torch.amp.GradScaler(device.type, enabled=args.amp == "fp16"), rank, world,
                device, torch.tensor(weights, device=device), ema=deepcopy(net) if args.ema else None,
-               class_weights=read_weights(args.class_weights, len(data.classes)).to(device) if args.class_weights else None,
+               class_weights=read_weights(args.class_weights, len(data.classes)) if args.class_weights else None,
                sums=torch.zeros(len(weights), dtype=torch.float64, device=device))
 
 
@@ -303,9 +312,13 @@ def read_backbone(net: dnl.Network, args: argparse.Namespace) -> None:
     """Fill the backbone from --weights. InputError where the file is missing, broken or of another network."""
     try:
         dnl.load_backbone(net.backbone, args.backbone, args.weights)
+    except ValueError as e:
+        raise InputError(f"--weights {args.weights}: {e}") from None
     except Exception as e:  # a broken file or download fails in any of the layers that read it
-        mend = "; where nothing can be downloaded, give --weights FILE" if args.weights == "imagenet" else ""
-        raise InputError(f"--weights {args.weights}: {e}".splitlines()[0] + mend) from None
+        mend = "where nothing can be downloaded, give --weights FILE" if args.weights == "imagenet" else (
+            "expected a file of torchvision's for this backbone, or a checkpoint of train.py")
+        what = "not a file of weights" if isinstance(e, pickle.UnpicklingError) else str(e).splitlines()[0]
+        raise InputError(f"--weights {args.weights}: {what}: {mend}") from None
 
 
 def set_mode(net: dnl.Network, freeze_bn: bool) -> dnl.Network:
@@ -323,7 +336,7 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 
 
 def over_ranks(run: Run, facts: Sequence[float]) -> list[float]:
-    """The sums over all ranks of plain numbers, by way of the CPU: a GPU is not waited for."""
+    """The sums over all ranks of plain numbers on the CPU, by gloo: a GPU is not waited for."""
     t = torch.tensor(facts, dtype=torch.float64)
     if run.world > 1:
         dist.all_reduce(t)
@@ -347,7 +360,7 @@ def count_labelled(run: Run, labels: Tensor, among: Tensor | bool = True) -> Ten
     """Labelled pixels of a batch of this rank, of those `among` them, each counted by the weight of its class."""
     weight = labels != IGNORE
     if run.class_weights is not None:
-        weight = F.pad(run.class_weights.to(labels.device), (0, 256 - len(run.class_weights)))[labels.long()]
+        weight = F.pad(run.class_weights, (0, 256 - len(run.class_weights))).to(labels.device, non_blocking=True)[labels.long()]
     return (weight * among).sum(dtype=torch.float64)
 
 
@@ -356,16 +369,17 @@ def part_losses(run: Run, x: Tensor, y: Tensor, labelled: float) -> Tensor:
     amp = AMP[run.args.amp]
     with torch.autocast(run.device.type, amp or torch.bfloat16, enabled=amp is not None):
         outputs = run.model(x.contiguous(memory_format=torch.channels_last), full_size=False)
+    weight = None if run.class_weights is None else run.class_weights.to(run.device, non_blocking=True)
     if not run.args.ohem:
-        return losses(outputs, y, labelled, run.class_weights)
+        return losses(outputs, y, labelled, weight)
     with torch.no_grad():
         hard = hardest(pixel_losses(outputs[0], y))  # by probability, whatever the class weighs
-    pixels = pixel_losses(outputs[0], y, run.class_weights)
+    pixels = pixel_losses(outputs[0], y, weight)
     kept = count_labelled(run, y, hard).float()
     if run.world > 1:
         dist.all_reduce(kept)
     head = (pixels * hard).sum() / kept.clamp(min=1) / run.args.accumulate
-    return torch.cat([head[None], losses(outputs[1:], y, labelled, run.class_weights)])
+    return torch.cat([head[None], losses(outputs[1:], y, labelled, weight)])
 
 
 def train_step(run: Run, batch: Sequence[Tensor], labelled: float) -> Tensor | None:
@@ -633,7 +647,8 @@ def say(run: Run, loss: str, speed: float) -> None:
             f"left {left // 3600}:{left // 60 % 60:02}:{left % 60:02}")
     if live():
         done = 20 * run.step // run.total
-        tell(f"\r\033[K[{'#' * done}{'.' * (20 - done)}] {line}", end="")
+        line = f"[{'#' * done}{'.' * (20 - done)}] {line}"[:shutil.get_terminal_size().columns - 1]  # a row: more could not be taken back
+        tell(f"\r\033[K{line}", end="")
     else:
         tell(line)
 
@@ -658,7 +673,7 @@ def end_epoch(run: Run, board: Any) -> None:
     save(run)
     if run.rank == 0 and "iou" in line:
         tell("\n" * live() + f"epoch {epoch}/{run.args.epochs}  val mIoU {line['miou']}  accuracy {line['accuracy']}"
-             + "; no pixel of the validation split is labelled" * (line["miou"] is None))
+             + (f"  of the averaged weights mIoU {line['ema_miou']}" if run.ema is not None else "") + "; no pixel of the validation split is labelled" * (line["miou"] is None))
     if board is not None:
         write_board(run, board, line)
 

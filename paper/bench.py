@@ -44,7 +44,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import dnl
-from evaluate import AMP, Parser, choose_amp, run_script
+from data import Parser, run_script
+from evaluate import AMP, choose_amp
 from paper.peers import attention
 from train import losses
 
@@ -215,7 +216,7 @@ def network(config: dnl.Config, size: tuple[int, int], batch: int, amp: str, run
     made = {v: network_cases(config, size, batch, *how, device) for v, how in variants.items()}
     products = {v: matrix_product(how[0], device) for v, how in variants.items()}
     calls = {(what, v): call for v, (cases, _) in made.items() for what, call in cases.items()}
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
         times = in_turn(calls | {("product", v): run for v, (run, _) in products.items()}, runs, device)
         rows = [network_row(what, v, call, times[what, v], products[v][1] / times["product", v], device)
                 | {"images_per_second": batch / times[what, v], "held": made[v][1]}

@@ -17,12 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 import dnl
-from data import IGNORE, DataSet, InputError, decode_image, palette, read
-from evaluate import (AMP, Parser, add_flags, choose_amp, colorize, load_network, open_like, read_checkpoint, run_script,
-                      sheet)
+from data import IGNORE, DataSet, InputError, Parser, decode_image, palette, read, run_script
+from evaluate import AMP, add_flags, choose_amp, colorize, fit, load_font, load_network, open_like, read_checkpoint, sheet
 from predict import attention_row, attention_sheet, pixel_of, predict_ids, require_attention, require_pixel, save
 
 # ------------------------------------------------------------------------------------------ predictions, compared
@@ -66,7 +65,8 @@ def boxed(image: Image.Image, boxes: Sequence[tuple[int, int, int]], width: int)
     for box in boxes:
         x, y, s = (round(v * scale) for v in box)
         for outset, color, line in ((1, "black", 4), (0, "white", 2)):
-            ImageDraw.Draw(out).rectangle((x - outset, y - outset, x + s + outset, y + s + outset), outline=color, width=line)
+            ends = max(0, x - outset), max(0, y - outset), min(out.width - 1, x + s + outset), min(out.height - 1, y + s + outset)
+            ImageDraw.Draw(out).rectangle(ends, outline=color, width=line)
     return out
 
 
@@ -163,7 +163,7 @@ def ticks(low: float, high: float, about: int = 8) -> list[float]:
 def panel(title: str, lines: Sequence[Sequence[tuple[float, float]]], colors: Sequence[tuple[int, int, int]],
           x_end: int, size: tuple[int, int]) -> Image.Image:
     """A diagram of lines of points (epoch, value) over the epochs 0..x_end, of the size (width, height)."""
-    out, font = Image.new("RGB", size, "white"), ImageFont.load_default(24)
+    out, font = Image.new("RGB", size, "white"), load_font(24)
     draw, (left, top, right, bottom) = ImageDraw.Draw(out), (90, 50, size[0] - 30, size[1] - 60)
     ys = [y for line in lines for _, y in line] or [0, 1]
     margin = 0.05 * (max(ys) - min(ys) or 1)
@@ -196,12 +196,12 @@ def curves(runs: Sequence[str], names: Sequence[str] | None = None, width: int =
     for i, (key, title) in enumerate((("loss", "training loss"), ("miou", "validation mIoU"))):
         lines = [[(e["epoch"], e[key]) for e in log if e[key] is not None] for log in logs]
         out.paste(panel(title, lines, colors, last, (width, 760)), (i * width, 0))
-    draw, font = ImageDraw.Draw(out), ImageFont.load_default(28)
+    draw, font = ImageDraw.Draw(out), load_font(28)
     for i, (name, color) in enumerate(zip(named(names, runs), colors)):
         best = max((e["miou"] for e in logs[i] if e["miou"] is not None), default=None)
         draw.rectangle((90, 770 + 40 * i, 130, 790 + 40 * i), color)
         text = name if best is None else f"{name}   best mIoU {best:.4f}"
-        draw.text((145, 780 + 40 * i), text, "black", font, anchor="lm")
+        draw.text((145, 780 + 40 * i), fit(text, font, 2 * width - 160), "black", font, anchor="lm")
     return out.resize((width, out.height // 2), Image.Resampling.LANCZOS)
 
 
@@ -219,13 +219,13 @@ def attention(args: argparse.Namespace, device: torch.device) -> Image.Image:
             require_pixel(pixel, image.shape[2], image.shape[1], path)
         ids = predict_ids(net, image, device=device, amp=amp)[0]
         for x, y in args.pixel or draw_pixels(ids, 2, np.random.default_rng(args.seed)):
-            rows.append(attention_row(net, image, (x, y), f"{x},{y} {checkpoint['classes'][ids[y, x]]}", args.width))
+            rows.append(attention_row(net, image, (x, y), f"{x},{y} predicted {checkpoint['classes'][ids[y, x]]}", args.width))
     return attention_sheet(rows)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments of the four figures."""
-    main = Parser(description="The paper's figures")
+    main = Parser(prog="python -m paper.figures", description="The paper's figures")
     figures = main.add_subparsers(dest="figure", required=True)
     a = figures.add_parser("attention", help="A, A', A'' and P_class of chosen pixels")
     a.add_argument("checkpoint")

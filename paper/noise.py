@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 import dnl
-from data import IGNORE, InputError, DataSet, eval_images
-from evaluate import Parser, load_network, open_like, parse_flags, run_script
+from data import IGNORE, DataSet, InputError, Parser, eval_images, run_script
+from evaluate import load_network, open_like, parse_flags
 from predict import attention_inputs, require_attention
 
 MAPS, NOISES = ("A", "A'", "A''"), ("inter", "intra")
@@ -114,7 +114,7 @@ def as_plain(means: Tensor, counts: Tensor, classes: Sequence[str]) -> dict[str,
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments. InputError for values out of range."""
-    p = Parser(description="Attention noise of a checkpoint")
+    p = Parser(prog="python -m paper.noise", description="Attention noise of a checkpoint")
     p.add_argument("checkpoint")
     p.add_argument("--queries", type=int, default=64, help="query pixels of an image, even over its classes (default: 64)")
     p.add_argument("--seed", type=int, default=0, help="of the choice of query pixels")

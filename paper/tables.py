@@ -32,9 +32,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from data import InputError
+from data import InputError, Parser, run_script, write
 from dnl import DenoisedNonLocal, denoised_maps
-from evaluate import Parser, run_script
 from paper import peers
 from paper.bench import in_turn, markdown, peak_memory
 
@@ -320,21 +319,21 @@ def run_table(table: str, out: Path, seeds: Sequence[int], jobs: int, flags: Seq
     own = (table, "--out", str(out), "--seeds", *map(str, seeds))
     command = shlex.join(["python", "-m", "paper.tables", *own, "--", *flags])
 
-    def write() -> None:
+    def report_all() -> None:
         lines = "".join(json.dumps(r) + "\n" for c in cells if (r := c.result()))
-        train.write(out / "results.jsonl", lambda f: f.write(lines.encode()))
-        train.write(out / "table.md", lambda f: f.write(score_table(cells, command).encode()))
+        write(out / "results.jsonl", lambda f: f.write(lines.encode()))
+        write(out / "table.md", lambda f: f.write(score_table(cells, command).encode()))
 
     with locked(out) as lock:
-        write()
-        failed = run_cells(cells, jobs, lock, write, script)
+        report_all()
+        failed = run_cells(cells, jobs, lock, report_all, script)
     print(score_table(cells, command))
     return 1 if failed else 0
 
 
 def parser() -> Parser:
     """The flags of the three tables."""
-    p = Parser(prog="paper.tables", description="The paper's Tables II to V")
+    p = Parser(prog="python -m paper.tables", description="The paper's Tables II to V")
     tables = p.add_subparsers(dest="table", required=True)
     t = tables.add_parser("complexity", help="Table V", allow_abbrev=False)
     t.add_argument("--json", action="store_true", help="also one JSON object, as the last line")
