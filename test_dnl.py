@@ -416,6 +416,17 @@ def test_an_imagenet_file_loads_but_for_fc(tmp_path):
     dnl.load_backbone(ResNet("resnet18"), "resnet18", str(tmp_path / "old.pth"))
 
 
+def test_the_backbone_of_a_checkpoint_loads(run_folder, street, tmp_path):
+    """Fine-tuning: the network of another training, whatever its classes, lends its backbone."""
+    args = train.parse([*TINY, "--root", str(street), "--weights", str(run_folder / "last.pt")], 1)
+    net, state = build(replace(PAPER, **SMALL)), torch.load(run_folder / "last.pt", weights_only=True)["model"]
+    train.read_backbone(net, args)
+    assert all(torch.equal(t, state[f"backbone.{k}"]) for k, t in net.backbone.state_dict().items())
+    args.backbone = "resnet34"
+    with pytest.raises(InputError, match=r"last\.pt does not fit: missing: layer1\.2\.conv1\.weight, .* and [0-9]+ more"):
+        train.read_backbone(build(replace(PAPER, **SMALL | {"backbone": "resnet34"})), args)
+
+
 def test_a_mismatch_lists_the_keys_and_loads_nothing():
     state, net = imagenet_like("resnet18", **{"conv1.weight": (64, 4, 7, 7), "layer9.weight": (1,)}), ResNet("resnet18")
     del state["layer1.0.bn1.bias"]
@@ -1027,6 +1038,18 @@ def test_root_one_level_off(ade20k):
     for name, root in (("nothing", None), ("folder", None), ("folder", ade20k / "gone"), ("folder", "x" * 300)):
         with pytest.raises(InputError, match="got data set 'nothing'|--root"):
             data.open_dataset(name, root, "train")
+
+
+def test_a_folder_without_the_name_of_its_data_set(folder):
+    for script in (data.main, train.main):
+        argv = ["check", "--root", str(folder)] if script is data.main else ["--root", str(folder)]
+        with pytest.raises(InputError, match="synthetic scenes are made in memory: name what lies there by --data"):
+            script(argv)
+
+
+def test_a_split_that_is_not_there(folder):
+    with pytest.raises(InputError, match="images/test: no such folder; .* name another split, or add this one"):
+        data.open_dataset("folder", folder, "test")
 
 
 def test_odd_names(folder):
@@ -1775,6 +1798,25 @@ class Linear(torch.nn.Module):
         return torch.einsum("nc,bchw->bnhw", w, x) + x.mean((1, 2, 3))[:, None, None, None] * torch.tensor([1.0, 0]).view(1, 2, 1, 1)
 
 
+def test_the_table_tells_of_classes_that_are_nowhere():
+    lines = evaluate.table({"iou": [0.5, None], "miou": 0.5, "accuracy": 0.75}, ("road", "car")).splitlines()
+    assert [line.split() for line in lines[1:3]] == [["road", "50.00"], ["car", "-"]] and "not in the mean" in lines[-1]
+    assert "not in the mean" not in evaluate.table({"iou": [0.5], "miou": 0.5, "accuracy": 0.75}, ("road",))
+
+
+@pytest.mark.parametrize("size", [10, 14, 24])
+def test_titles_are_cut_to_their_picture(size):
+    font = evaluate.load_font(size)
+    for text in ("", "short", "a very long name of a checkpoint in a folder, best.pt"):
+        cut = evaluate.fit(text, font, 120)
+        assert font.getlength(cut) <= 120 and (cut == text or cut.endswith("...") and text.startswith(cut[:-3]))
+    row = [[Image.new("RGB", (50, 50))] * 2]
+    long = evaluate.sheet(row, ("x" * 300, "b"), ("c" * 300, "d"), ((1, 2, 3), (4, 5, 6)), 150)
+    assert long.size == evaluate.sheet(row, ("x" * 200, "b"), ("c" * 200, "d"), ((1, 2, 3), (4, 5, 6)), 150).size
+    second = np.asarray(long)[:22, 6 + 150:]  # the gap, and the second title
+    assert (second[:, :6] == 255).all() and (second < 128).any()
+
+
 def test_evaluation_keeps_no_image(monkeypatch):
     """Promise: validation does not fill the memory. Of 30 images and their outputs, two at most are alive at any time."""
     made, net, dataset = [], Linear(), data.DataSet("folder", "val", ("a", "b"), ((0, 0, 0), (1, 1, 1)), (data.Item(Path(), Path()),))
@@ -1892,6 +1934,15 @@ def test_a_run_leaves_its_four_files(run_folder):
         assert sheet.width > 900 and sheet.height > 600
 
 
+def test_the_line_fits_its_terminal(run_folder, street, tmp_path, monkeypatch, capsys, stub):
+    """What is longer than a row could not be taken back by the next line."""
+    monkeypatch.setattr(train, "live", lambda: True)
+    monkeypatch.setattr(train.shutil, "get_terminal_size", lambda: os.terminal_size((80, 24)))
+    assert trained(tmp_path / "r", street) == 0
+    lines = [line for line in re.split("\r\033\\[K|\n", capsys.readouterr().out) if line.startswith("[")]
+    assert len(lines) == 6 and all(len(line) == 79 for line in lines) and lines[2].startswith("[" + 10 * "#" + 10 * "." + "] epoch 1/2")
+
+
 def test_evaluate_prints_the_figure_of_training_on_any_number_of_ranks(run_folder, street, tmp_path, capsys):
     last = json.loads((run_folder / "log.jsonl").read_text().splitlines()[-1])
     assert evaluate.main([str(run_folder / "last.pt"), "--json", "--workers", "0"]) == 0
@@ -1998,6 +2049,13 @@ def test_exit_status_and_one_line(street, tmp_path):
                  ("evaluate.py", tmp_path / "none.pt")):
         status, out, err = script(*args)
         assert status == 2 and err.count("\n") == 1 and "Traceback" not in err, err
+
+
+def test_ctrl_c_is_no_traceback(capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    assert status_of(interrupted) == 130 and not capsys.readouterr().err
 
 
 def test_other_settings_are_refused_by_name(run_folder, street):
@@ -2887,6 +2945,11 @@ def test_wrong_flags(photo, flags):
         run("absent.pt", photo, *flags)
 
 
+def test_out_that_is_a_file(photo):
+    with pytest.raises(InputError, match="is a file: name a folder"):
+        run("absent.pt", photo, "--out", __file__)
+
+
 def test_result_that_cannot_be_written_is_named(checkpoint, photo, tmp_path, capsys):
     (tmp_path / "o" / "photo.png").mkdir(parents=True)
     assert run(checkpoint, photo, "--out", tmp_path / "o") == 1
@@ -3077,7 +3140,7 @@ def test_attention_page_by_tiles_and_outside(checkpoint, photo, tmp_path, capsys
     assert "photo_attention.png" in files(tmp_path / "o")
     assert run(checkpoint, photo, "--out", tmp_path / "p", "--attention", "56,39") == 1
     assert "photo.png: pixel 56,39 is outside of the image of 56x40" in capsys.readouterr().err
-    assert not (tmp_path / "p").exists()
+    assert files(tmp_path / "p") == ["photo.png", "photo_overlay.png"]
     net, _ = evaluate.load_network(checkpoint, CPU)
     image = torch.from_numpy(blocks(40, 56)).permute(2, 0, 1)
     rows, columns = slice(16, 40), slice(33, 56)  # the lower right of six tiles

@@ -85,6 +85,8 @@ def test_boxed_draws_white_at_the_scaled_place():
     out = np.asarray(figures.boxed(Image.new("RGB", (50, 40), "gray"), [(10, 5, 20)], 100))
     y, x = np.nonzero((out == 255).all(2))
     assert out.shape == (80, 100, 3) and (x.min(), x.max(), y.min(), y.max()) == (20, 60, 10, 50)
+    edge = np.asarray(figures.boxed(Image.new("RGB", (50, 40), "gray"), [(30, 20, 20)], 50))  # its lower right corner is the picture's
+    assert (edge[-1, 35] == 255).all() and (edge[35, -1] == 255).all()
     assert (out[30, 30] == 128).all() and not (np.asarray(figures.boxed(Image.new("RGB", (50, 40)), [], 100)) == 255).any()
 
 
