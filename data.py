@@ -297,7 +297,7 @@ def _open(name: str, root: Path | str | None, split: str) -> tuple[DataSet, list
         try:
             items += _scan(name, Path(root), part, problems)
         except OSError as e:
-            raise InputError(f"{show(e.filename or root)}: cannot be read ({e.strerror}); mend the folder or --root") from e
+            raise InputError(f"{show(e.filename or root)}: cannot be read ({e.strerror}): check the folder's permissions and --root") from e
     return DataSet(name, split, *_classes(name, root), tuple(items)), problems
 
 
@@ -826,7 +826,7 @@ def run_script(main: Callable[[], int | None]) -> None:
     except RuntimeError as e:
         if "DataLoader worker" not in str(e) and "process pool" not in str(e):
             raise
-        sys.exit(f"{Path(sys.argv[0]).name}: a process that reads images was killed, as for want of memory: lower --workers, or enlarge "
+        sys.exit(f"{Path(sys.argv[0]).name}: a process that reads images was killed, probably out of memory: lower --workers, or enlarge "
                  "/dev/shm")
 
 

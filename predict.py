@@ -187,7 +187,7 @@ def find_images(inputs: Sequence[str | Path], out: Path) -> tuple[list[tuple[Pat
     Folders are searched to the bottom, without hidden files, linked folders and `out`. InputError: missing, or no image.
     """
     def unreadable(e: OSError) -> None:
-        raise InputError(f"{show(e.filename)}: cannot be read ({e.strerror}); mend its permissions")
+        raise InputError(f"{show(e.filename)}: cannot be read ({e.strerror}): check its permissions")
 
     found, others, results = [], [], os.path.realpath(out)
     for given in map(Path, inputs):
@@ -342,7 +342,7 @@ def save(picture: Image.Image, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         write(target, lambda f: picture.save(f, "PNG"))
     except OSError as e:
-        raise InputError(f"{show(target)}: cannot be written ({e.strerror}): mend that, or choose another --out") from e
+        raise InputError(f"{show(target)}: cannot be written ({e.strerror}): make room or choose another --out") from e
 
 
 def say(line: str, end: str = "\n") -> None:
