@@ -269,7 +269,7 @@ def check_weights(model: dict[str, Tensor], blank: nn.Module, size: int) -> None
         raise ValueError("the model's weights are not all finite")
 
 
-def load_network(path: str | Path, device: torch.device, context: str | None = None) -> tuple[dnl.Network, dict[str, Any]]:
+def load_network(path: str | Path, device: torch.device | str, context: str | None = None) -> tuple[dnl.Network, dict[str, Any]]:
     """The network of a checkpoint, rebuilt, filled, in eval mode and channels_last on the device; and the checkpoint.
 
     context: MODULE:FACTORY again, where the checkpoint was trained with one: no field of a file is imported.
