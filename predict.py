@@ -160,14 +160,14 @@ def attention_row(net: dnl.Network, image: Tensor, pixel: tuple[int, int], capti
     small = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy()).resize(
         (across, max(1, min(4 * across, round(H * across / W)))), Image.Resampling.BILINEAR)
     at = ((pixel[0] + 0.5) * small.width / W, (pixel[1] + 0.5) * small.height / H)
-    return {"image": marked(small, at, caption)} | {
+    return {"pixel, predicted class": marked(small, at, caption)} | {
         title: marked(overlay_map(small, m), at, f"max {m.max():.3g}") for title, m in maps.items()}
 
 
 def attention_sheet(rows: Sequence[dict[str, Image.Image]]) -> Image.Image:
     """Rows of `attention_row` under their titles, and the colour scale: each map goes to its own maximum (Figs. 1, 11)."""
     return sheet([[*row.values()] for row in rows], [*rows[0]], ("0", "1/4", "1/2", "3/4", "max"), HEAT,
-                 rows[0]["image"].width)
+                 next(iter(rows[0].values())).width)
 
 
 def attention_page(net: dnl.Network, image: Tensor, pixel: tuple[int, int], caption: str, *, device: torch.device,
@@ -325,7 +325,7 @@ def pictures(image: Tensor, path: Path, net: nn.Module, checkpoint: dict[str, An
         yield "_confidence.png", Image.fromarray(confidence)
     if args.attention:
         require_pixel(args.attention, image.shape[1], image.shape[0], path)
-        caption = "{},{} predicted {}".format(*args.attention, checkpoint["classes"][ids[args.attention[::-1]]])
+        caption = "{},{} {}".format(*args.attention, checkpoint["classes"][ids[args.attention[::-1]]])
         yield "_attention.png", attention_page(net, x, args.attention, caption, device=device, side=side)
 
 

@@ -219,7 +219,7 @@ def attention(args: argparse.Namespace, device: torch.device) -> Image.Image:
             require_pixel(pixel, image.shape[2], image.shape[1], path)
         ids = predict_ids(net, image, device=device, amp=amp)[0]
         for x, y in args.pixel or draw_pixels(ids, 2, np.random.default_rng(args.seed)):
-            rows.append(attention_row(net, image, (x, y), f"{x},{y} predicted {checkpoint['classes'][ids[y, x]]}", args.width))
+            rows.append(attention_row(net, image, (x, y), f"{x},{y} {checkpoint['classes'][ids[y, x]]}", args.width))
     return attention_sheet(rows)
 
 
