@@ -16,6 +16,7 @@ import argparse
 import colorsys
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
@@ -31,7 +32,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -48,6 +49,21 @@ GROUP_SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 class InputError(ValueError):
     """Unusable input, as one line: the file, what was got, what was expected and how to mend it."""
+
+
+def tell(text: str, error: bool = False, end: str = "\n") -> None:
+    """Print to standard output, or error, where anybody listens: a closed pipe or a full disk behind it stops nothing."""
+    stream = sys.stderr if error else sys.stdout
+    try:
+        if stream is not None:  # which print would take for standard output
+            print(text, file=stream, end=end, flush=True)
+    except OSError:
+        pass
+
+
+def on_terminal(stream: TextIO | None) -> bool:
+    """Whether a person sees the stream, which may be closed."""
+    return stream is not None and stream.isatty()
 
 
 def show(path: Path | str) -> str:
@@ -156,7 +172,10 @@ def read_classes(path: Path) -> tuple[tuple[str, ...], tuple[tuple[int, int, int
 
 def _classes(name: str, root: Path | str | None) -> tuple[tuple[str, ...], tuple[tuple[int, int, int], ...]]:
     if name == "folder":
-        return read_classes(Path(root, "classes.txt"))
+        path = Path(root, "classes.txt")
+        if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
+            raise InputError(f"{show(path)}: a link out of the data set: copy what it leads to in its place")
+        return read_classes(path)
     if name == "cityscapes":
         return tuple(CITYSCAPES), tuple(v[1:] for v in CITYSCAPES.values())
     names = ADE20K if name == "ade20k" else SYNTHETIC
@@ -244,10 +263,14 @@ def _with_cache(dataset: DataSet, folder: Path) -> DataSet:
 def _places(dataset: DataSet, base: Path) -> tuple[tuple[int, int, int], ...]:
     """The index of the copy, empty where the copy is not there or not whole."""
     try:
-        places = tuple(map(tuple, json.loads(Path(f"{base}.json").read_text())))
-        offset, H, W = places[-1]
-        return places if os.path.getsize(f"{base}.bin") == offset + H * W * (3 + dataset.labelled) else ()
-    except (FileNotFoundError, ValueError, TypeError, IndexError):
+        places, end = tuple(map(tuple, json.loads(Path(f"{base}.json").read_text()))), 0
+        for place in places:
+            offset, H, W = place
+            if offset != end or {*map(type, place)} != {int} or not H > 0 < W:
+                return ()
+            end += H * W * (3 + dataset.labelled)
+        return places if len(places) == len(dataset) and os.path.getsize(f"{base}.bin") == end else ()
+    except (FileNotFoundError, ValueError, TypeError):
         return ()
 
 
@@ -262,7 +285,7 @@ def _write_cache(dataset: DataSet, base: Path) -> tuple[tuple[int, int, int], ..
                 if plane is not None:
                     f.write(plane.contiguous().numpy())
             if index % 100 == 99 or index + 1 == len(dataset):
-                print(f"cache {show(base)}: {index + 1}/{len(dataset)}, {f.tell() / 2**30:.2f} GiB", file=sys.stderr)
+                tell(f"cache {show(base)}: {index + 1}/{len(dataset)}, {f.tell() / 2**30:.2f} GiB", error=True)
 
     write(Path(f"{base}.bin"), fill)
     write(Path(f"{base}.json"), lambda f: f.write(json.dumps(places).encode()))
@@ -349,9 +372,13 @@ def _missing(name: str, root: Path, folder: Path) -> InputError:
 
 def _walk(top: Path, ends: tuple[str, ...], inside: Path | None) -> dict[str, Path]:
     """Files beneath top with one of the endings, by relative name without the ending; hidden files are left out.
-    With `inside`, a real path, nothing may lead out of it by a link, and folders may not be links."""
-    found = {}
+    With `inside`, a real path, nothing may lead out of it by a link, and folders may not be links. A folder is looked at once."""
+    found, seen = {}, set()
     for here, folders, files in os.walk(top, onerror=_raise, followlinks=inside is None):
+        if os.path.realpath(here) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(here))
         links = [p for p in (Path(here, n) for n in (*folders, *files)) if p.is_symlink()] if inside else []
         for path in [top, *links] if inside else ():
             if path in links and path.is_dir() or not Path(os.path.realpath(path)).is_relative_to(inside):
@@ -517,7 +544,7 @@ def augment(image: np.ndarray, label: np.ndarray, crop: int, scale: tuple[float,
     ids[:y.count, :x.count] = label[np.ix_(*((w.start + w.pixel * (np.arange(w.count) + 0.5)).astype(int)
                                              for w in (y, x)))]
     flip = -1 if rng.random() < 0.5 else 1
-    return np.ascontiguousarray(out[:, ::flip]), np.ascontiguousarray(ids[:, ::flip])
+    return out[:, ::flip].copy(), ids[:, ::flip].copy()
 
 
 class _Window(NamedTuple):
@@ -754,10 +781,9 @@ def _check_split(dataset: DataSet, workers: int, progress: bool, problems: list[
             for total, value in zip((pixels, sizes, modes, problems), report):
                 total += value
             done += len(part)
-            last, live = done == len(dataset), sys.stderr.isatty()
+            last, live = done == len(dataset), on_terminal(sys.stderr)
             if progress and (last or live):
-                print("\r" * live + f"check {dataset.split}: {done}/{len(dataset)}, {len(problems)} wrong", end="\n" * last,
-                      file=sys.stderr, flush=True)
+                tell("\r" * live + f"check {dataset.split}: {done}/{len(dataset)}, {len(problems)} wrong", error=True, end="\n" * last)
     known = pixels[:len(dataset.classes)]
     return {"pairs": sum(sizes.values()), "sizes": dict(sizes.most_common()), "modes": dict(modes.most_common()),
             "pixels": known.tolist(), "ignored": int(pixels[IGNORE]), "weights": class_weights(known).tolist()}
@@ -814,20 +840,36 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (--help lists the flags)")
 
 
+REASONS = {  # in the text of an error that is not of the program: what to do
+    "DataLoader worker": "a process that reads images was killed, probably out of memory: lower --workers, or enlarge /dev/shm",
+    "process pool": "a process that reads images was killed, probably out of memory: lower --workers",
+    "Connection closed by peer": "another rank is gone: its own line says why",
+    "out of memory": "out of memory: lower --batch (train.py), or give --crop (the others)",  # a GPU's
+    "allocate memory": "out of memory: lower --batch (train.py), or give --crop (the others)"}  # a CPU's
+
+
 def run_script(main: Callable[[], int | None]) -> None:
-    """Run a script's main; wrong input becomes one line on standard error and exit status 2, Ctrl-C 130."""
+    """Run a script's main. Wrong input becomes one line on standard error and exit status 2; what the machine lacks, 1; Ctrl-C 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that cannot be printed ends nothing
+    status, line = 1, ""
     try:
-        sys.exit(main())
+        status = main()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except InputError as e:
-        print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
-        sys.exit(2)
+        status, line = 2, str(e)
     except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
-    except RuntimeError as e:
-        if "DataLoader worker" not in str(e) and "process pool" not in str(e):
+        status = 128 + signal.SIGINT
+    except (OSError, MemoryError, RuntimeError) as e:
+        text = "out of memory" if isinstance(e, MemoryError) else str(e)
+        line = next((reason for part, reason in REASONS.items() if part in text), text * isinstance(e, OSError))
+        if not line:
             raise
-        sys.exit(f"{Path(sys.argv[0]).name}: a process that reads images was killed, probably out of memory: lower --workers, or enlarge "
-                 "/dev/shm")
+    if line:
+        tell(f"{Path(sys.argv[0]).name}: {show(line)}", error=True)
+    sys.exit(status)
 
 
 def main(argv: list[str] | None = None) -> int:

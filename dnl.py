@@ -15,6 +15,7 @@ the keys, so it can act on the values instead, A''V = A'V~, and queries can go i
 """
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -500,6 +501,8 @@ def build(config: Config, context: Callable[[int, int], nn.Module] | None = None
         module = DenoisedNonLocal(c.channels, c.num_classes if c.p_from == "feature" else 0, kernel=c.kernel, gr=gr, lr=lr)
     else:
         module = nn.Identity() if c.context == "none" else context(c.channels, c.num_classes)
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"context {c.context}: its factory returned {type(module).__name__}, expected a module")
     return Network(c, module)
 
 
@@ -540,6 +543,8 @@ def load_backbone(backbone: ResNet, name: str, weights: str) -> None:
         url = f"https://download.pytorch.org/models/{LAYOUTS[name][-1]}.pth"
         state = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True)
     else:
+        if not os.path.isfile(weights):  # a pipe would be waited for
+            raise ValueError("no such file")
         state = torch.load(weights, map_location="cpu", weights_only=True)
         if "model" in state:
             state = {k.removeprefix("backbone."): v for k, v in state["model"].items() if k.startswith("backbone.")}

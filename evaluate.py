@@ -31,9 +31,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 import dnl
-from data import IGNORE, SETTINGS, DataSet, InputError, Parser, eval_images, normalize, open_dataset, run_script, show
+from data import IGNORE, SETTINGS, DataSet, InputError, Parser, eval_images, normalize, on_terminal, open_dataset, run_script, show, tell
 
 VERSION = 1  # of the checkpoint's layout
+NOT_FINITE = "the network's output is not finite: try --amp off; where it stays so, its weights are spoiled: train again"
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # ------------------------------------------------------------------------------------------------------- metrics
@@ -132,32 +133,58 @@ def evaluate(net: nn.Module, dataset: DataSet, *, device: torch.device, rank: in
         raise InputError(f"split {dataset.split!r} of {dataset.name} has no ground truth, so it cannot be scored: "
                          "take a labelled split, or write masks with predict.py")
     net.eval()
-    n, failure = len(dataset.classes), None
+    n, finite = len(dataset.classes), {}
     matrix = torch.zeros(n, n, dtype=torch.int64, device=device)
-    with torch.backends.cudnn.flags(enabled=True, deterministic=True):  # the same kernels whoever calls, on any rank
-        try:
-            for index, image, label in eval_images(dataset, rank, world, workers):
-                probabilities = predict(net, image.to(device, non_blocking=True), **options)
-                matrix += confusion(probabilities.argmax(0), label.to(device, non_blocking=True), n)
-                progress(index + 1, len(dataset))
-        except InputError as e:
-            failure = e
-    sums = torch.cat([matrix.flatten().cpu(), torch.tensor([failure is not None])])
+    with together(rank), torch.backends.cudnn.flags(enabled=True, deterministic=True):  # the same kernels whoever calls, on any rank
+        for index, image, label in eval_images(dataset, rank, world, workers):
+            probabilities = predict(net, image.to(device, non_blocking=True), **options)
+            finite[index] = probabilities[0].isfinite().all()  # one class tells of all; looked at last, so that no GPU is waited for
+            matrix += confusion(probabilities.argmax(0), label.to(device, non_blocking=True), n)
+            progress(index + 1, len(dataset))
+        for index, fine in finite.items():
+            if not fine:
+                raise InputError(f"{show(dataset.items[index].image)}: {NOT_FINITE}")
+    matrix = matrix.cpu()
     if world > 1:
-        dist.all_reduce(sums)
-    if sums[-1]:
-        raise failure or InputError(f"rank {rank}: stopped, since another rank cannot go on")
-    return sums[:-1].view(n, n)
+        dist.all_reduce(matrix)
+    return matrix
 
 
 # ------------------------------------------------------------------------------------------- what the scripts share
+
+
+def from_environment(name: str, default: int) -> int:
+    """A whole number among the environment variables."""
+    text = os.environ.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(f"{name}={text!r} in the environment: expected a number, as torchrun sets it") from None
+
+
+@contextmanager
+def together(rank: int) -> Iterator[None]:
+    """A block that ends in an InputError on every rank where it does on one: the others would wait for that rank."""
+    failure = None
+    try:
+        yield
+    except InputError as e:
+        failure = e
+    failed = torch.tensor(int(failure is not None))
+    if dist.is_initialized():
+        dist.all_reduce(failed)
+    if failed:
+        raise failure or InputError(f"rank {rank}: stopped, since another rank cannot go on")
 
 
 @contextmanager
 def distributed(timeout: timedelta = timedelta(minutes=10)) -> Iterator[tuple[int, int, torch.device]]:
     """(rank, world, device) from torchrun's environment, or (0, 1, device) without it. The process group (nccl for GPU
     tensors, gloo for CPU ones) lives exactly as long as the block; a rank that waits so long for another gives up."""
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, local = (from_environment(k, d) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if not (0 <= rank < world and 0 <= local) or world > 1 and "MASTER_ADDR" not in os.environ:
+        raise InputError(f"RANK {rank}, LOCAL_RANK {local}, WORLD_SIZE {world} in the environment are not torchrun's: unset them, or "
+                         "start by torchrun")
     gpu = torch.cuda.is_available()
     if gpu and local >= torch.cuda.device_count():
         raise InputError(f"local rank {local} has no GPU, the machine has {torch.cuda.device_count()}: lower --nproc-per-node")
@@ -196,9 +223,13 @@ def find_factory(context: str) -> Callable[[int, int], nn.Module] | None:
     module, name = context.split(":", 1)
     sys.path.insert(0, os.getcwd())  # the user's module lies where the user stands
     try:
-        return getattr(import_module(module), name)
-    except (ImportError, AttributeError) as e:
-        raise InputError(f"--context {context}: {e}; expected MODULE:FACTORY with FACTORY(channels, num_classes) -> module") from None
+        factory = getattr(import_module(module), name)
+        if not callable(factory):
+            raise TypeError(f"{name} cannot be called")
+        return factory
+    except Exception as e:  # the user's module can fail in any way
+        raise InputError(f"--context {show(context)}: {show(str(e))}; expected MODULE:FACTORY with FACTORY(channels, num_classes) -> "
+                         "module") from None
     finally:
         sys.path.pop(0)
 
@@ -348,9 +379,9 @@ def fit(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
 
 def sheet(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], classes: Sequence[str],
           colors: Sequence[tuple[int, int, int]], width: int = 320) -> Image.Image:
-    """Rows of pictures under titles, each `width` wide, and below them a legend of the classes."""
+    """Rows of pictures under titles, each `width` wide (and at most 4 times as high), and below them a legend of the classes."""
     font, gap, line = load_font(14), 6, 22
-    rows = [[im.convert("RGB").resize((width, max(1, round(im.height * width / im.width))),
+    rows = [[im.convert("RGB").resize((width, max(1, min(4 * width, round(im.height * width / im.width)))),
                                       Image.Resampling.NEAREST if im.mode == "P" else Image.Resampling.BILINEAR)
              for im in row] for row in rows]
     across = len(titles) * (width + gap) + gap
@@ -398,12 +429,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         net, checkpoint = load_network(args.checkpoint, device, args.context)
         dataset = open_like(checkpoint, args.data, args.root, args.split, args.checkpoint)
         amp = choose_amp(args.amp or checkpoint["amp"], device)
-        live = rank == 0 and sys.stderr.isatty()
+        live = rank == 0 and on_terminal(sys.stderr)
         matrix = evaluate(net, dataset, device=device, rank=rank, world=world, workers=args.workers, scales=args.scales,
                           flip=args.flip, crop=args.crop, amp=AMP[amp],
-                          progress=lambda done, n: live and print(f"\r{done}/{n} images", end="", file=sys.stderr))
+                          progress=lambda done, n: live and tell(f"\r{done}/{n} images", error=True, end=""))
         if live:
-            print(file=sys.stderr)
+            tell("", error=True)
         result = scores(matrix)
         if rank == 0:
             print(table(result, dataset.classes))

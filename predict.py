@@ -30,8 +30,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import dnl
-from data import ADE20K, CITYSCAPES, LAYOUT, InputError, Parser, decode_image, eval_items, normalize, run_script, show, write
-from evaluate import AMP, choose_amp, colorize, distributed, fit, load_font, load_network, parse_flags, predict, sheet
+from data import (ADE20K, CITYSCAPES, LAYOUT, InputError, Parser, decode_image, eval_items, normalize, on_terminal, run_script, show, tell,
+                  write)
+from evaluate import AMP, NOT_FINITE, choose_amp, colorize, distributed, fit, load_font, load_network, parse_flags, predict, sheet
 
 SIDE = 2048  # of a tile, for up to 64 classes
 SERVER = {"cityscapes": tuple(CITYSCAPES), "ade20k": ADE20K}  # the classes, in the order of the network's outputs
@@ -65,18 +66,20 @@ def tiles(size: tuple[int, int], side: int) -> list[tuple[tuple[slice, slice], t
     return [((ys, xs), (yk, xk)) for ys, yk in spans(size[0], side) for xs, xk in spans(size[1], side)]
 
 
-def predict_ids(net: nn.Module, image: Tensor, *, device: torch.device, side: int = SIDE,
+def predict_ids(net: nn.Module, image: Tensor, source: str, *, device: torch.device, side: int = SIDE,
                 **options: Any) -> tuple[np.ndarray, np.ndarray]:
     """Class ids (H, W) uint8 and the top class's probability (H, W) uint8, 255 for 1, of an image (3, H, W) uint8.
 
     Up to side^2 pixels, the argmax of `evaluate.predict`, whose options these are. Beyond, tile by tile, so that only one
-    tile's probabilities are held.
+    tile's probabilities are held. InputError, which names the source, where the network's output is not finite.
     """
     size = tuple(image.shape[1:])
     ids, confidence = np.empty(size, np.uint8), np.empty(size, np.uint8)
     for seen, kept in tiles(size, side):
         inner = tuple(slice(k.start - s.start, k.stop - s.start) for s, k in zip(seen, kept))
         p = predict(net, image[:, *seen].to(device), **options)[:, *inner]  # (n, h, w)
+        if not p[0].isfinite().all():  # one class tells of all
+            raise InputError(f"{source}: {NOT_FINITE}")
         ids[kept] = p.argmax(0).byte().cpu().numpy()
         confidence[kept] = (p.amax(0) * 255).round().byte().cpu().numpy()
     return ids, confidence
@@ -311,7 +314,7 @@ def pictures(image: Tensor, path: Path, net: nn.Module, checkpoint: dict[str, An
     """The results of an image (H, W, 3) uint8, each with the ending of its file's name. InputError, after the others, where the
     pixel of --attention is not in the image."""
     side, x = tile_side(len(checkpoint["classes"]), args.crop), image.permute(2, 0, 1)
-    ids, confidence = predict_ids(net, x, device=device, side=side, scales=args.scales, flip=args.flip, crop=args.crop,
+    ids, confidence = predict_ids(net, x, show(path), device=device, side=side, scales=args.scales, flip=args.flip, crop=args.crop,
                                   amp=amp)
     if args.format == "cityscapes":
         yield ".png", Image.fromarray(np.array([v[0] for v in CITYSCAPES.values()], np.uint8)[ids])
@@ -347,9 +350,9 @@ def save(picture: Image.Image, target: Path) -> None:
 
 def say(line: str, end: str = "\n") -> None:
     """A line on standard error; on a terminal it replaces the progress line, and end "" makes it one."""
-    terminal = sys.stderr.isatty()
+    terminal = on_terminal(sys.stderr)
     if end or terminal:
-        print(("\r\033[K" if terminal else "") + line, end=end, file=sys.stderr, flush=True)
+        tell(("\r\033[K" if terminal else "") + line, error=True, end=end)
 
 
 def reason(e: Exception, path: Path) -> str:

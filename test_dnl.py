@@ -10,6 +10,7 @@ import pickle
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -995,6 +996,8 @@ WRONG_TREES = {  # name: what is done to the root, status of check, words of the
     "label alone": (lambda r: (r / "images/val/a 1.png").unlink(), 1, "labels/val/a 1.png: label without image"),
     "a name twice": (lambda r: save(r / "images/val/a 1.JPG", noise(3, 3)), 2, "one file for each name"),
     "link out": (lambda r: (r / "images/val/b.png").symlink_to("/etc/passwd"), 2, "a link to a folder or out"),
+    "classes linked": (lambda r: ((r / "classes.txt").unlink(), (r / "classes.txt").symlink_to("/etc/passwd")), 2,
+                       "classes.txt: a link out of the data set"),
     "link of a folder": (lambda r: (r / "images/val/b").symlink_to("/etc"), 2, "a link to a folder or out"),
     "no classes.txt": (lambda r: (r / "classes.txt").unlink(), 2, "classes.txt: cannot be read (FileNotFoundError)"),
     "no class": (lambda r: (r / "classes.txt").write_text("\n"), 2, "no class in it"),
@@ -1028,6 +1031,14 @@ def test_full_ade20k_is_recognised(tmp_path, sign, capsys):
     assert status_of(data.main, "check", "--data", "ade20k", "--root", tmp_path) == 2
     line, = capsys.readouterr().err.splitlines()
     assert "full ADE20K" in line and "ADEChallengeData2016.zip" in line and str(tmp_path) in line
+
+
+def test_a_folder_that_links_to_itself_is_looked_at_once(cityscapes):
+    before = [item.files for item in data.open_dataset("cityscapes", cityscapes, "train").items]
+    for top in ("leftImg8bit/train", "gtFine/train"):
+        for name in ("again", "and_again"):
+            (cityscapes / top / name).symlink_to(cityscapes / top)
+    assert [item.files for item in data.open_dataset("cityscapes", cityscapes, "train").items] == before
 
 
 def test_root_one_level_off(ade20k):
@@ -1394,6 +1405,13 @@ def noise_tensor():
     return torch.from_numpy(noise(20, 20)).permute(2, 0, 1)[None]
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_crop_of_one_pixel(seed):
+    """Flipped or not, it has no stride that torch would refuse."""
+    x, y, _ = data.sample(data.open_dataset("synthetic", None, "train"), seed, 0, 0, 1)
+    assert x.shape == (3, 1, 1) and y.shape == (1, 1)
+
+
 def test_normalize():
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     expected = (noise_tensor() / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
@@ -1592,7 +1610,11 @@ def test_half_a_cache_is_none(folder, tmp_path, monkeypatch):
 def test_cut_cache_is_made_again(folder, tmp_path):
     first = data.open_dataset("folder", folder, "val", tmp_path / "cache")
     for spoil in (lambda: halve(first.cached), lambda: first.cached.with_suffix(".json").write_text("[[0, 30"),
-                  lambda: first.cached.with_suffix(".json").write_text("[]")):
+                  lambda: first.cached.with_suffix(".json").write_text("[]"),
+                  lambda: first.cached.with_suffix(".json").write_text(json.dumps([first.places[1], first.places[0]])),
+                  lambda: first.cached.with_suffix(".json").write_text(json.dumps([[0, 60, 40]])),
+                  lambda: first.cached.with_suffix(".json").write_text(json.dumps([[0, 30.0, 40], first.places[1]])),
+                  lambda: first.cached.with_suffix(".json").write_text(json.dumps([["0", 30, 40], [4800, 30]]))):
         spoil()
         again = data.open_dataset("folder", folder, "val", tmp_path / "cache")
         assert again == first and np.array_equal(data.read(again, 1)[0], noise(30, 40, 1))
@@ -1877,13 +1899,13 @@ def gradients(rank, world, port, dtype, accumulate, out):
         def step(self, closure=None):
             kept.update({k: p.grad.clone() for k, p in net.named_parameters()})
 
-    model = torch.nn.parallel.DistributedDataParallel(net) if world > 1 else net
     args = argparse.Namespace(**vars(train.parse(["--batch", "4", "--accumulate", str(accumulate), "--amp", "off"], 1)))
     weights = torch.ones(3)
     optimizer = Keep([{"params": list(net.parameters()), "factor": 1.0}], 0.1)
     dataset = data.open_dataset("synthetic", None, "train")
-    run = train.Run(args, dataset, dataset, net, model, optimizer, torch.amp.GradScaler("cpu", enabled=False), rank, world,
+    run = train.Run(args, dataset, dataset, net, net, optimizer, torch.amp.GradScaler("cpu", enabled=False), rank, world,
                     torch.device("cpu"), weights, sums=torch.zeros(3, dtype=torch.float64))
+    train.connect(run)
     g = torch.Generator().manual_seed(1)
     images, labels = torch.randint(0, 256, (4, 3, 40, 40), generator=g).byte(), torch.randint(0, 3, (4, 40, 40), generator=g).byte()
     labels[0], labels[1, 5:], labels[3, :, 3:] = 255, 255, 255
@@ -1936,7 +1958,7 @@ def test_a_run_leaves_its_four_files(run_folder):
 
 def test_the_line_fits_its_terminal(run_folder, street, tmp_path, monkeypatch, capsys, stub):
     """What is longer than a row could not be taken back by the next line."""
-    monkeypatch.setattr(train, "live", lambda: True)
+    monkeypatch.setattr(train, "on_terminal", lambda stream: True)
     monkeypatch.setattr(train.shutil, "get_terminal_size", lambda: os.terminal_size((80, 24)))
     assert trained(tmp_path / "r", street) == 0
     lines = [line for line in re.split("\r\033\\[K|\n", capsys.readouterr().out) if line.startswith("[")]
@@ -2008,6 +2030,23 @@ def test_two_ranks_go_on_where_one_was(street, tmp_path, capsys, monkeypatch, st
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["miou"] == last["miou"]
 
 
+def test_three_ranks_stopped_and_resumed_are_the_uninterrupted_three(street, tmp_path, monkeypatch, stub):
+    """Of three on the order of a sum of gradients matters, and DDP changes its own after a process's first step."""
+    flags, step = [*TINY, "--root", street, "--batch", 6], train.train_step
+
+    def stopped(run, *args):
+        if run.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(run, *args)
+
+    assert ranks(3, train.main, *flags, "--out", tmp_path / "whole", said=tmp_path / "said")[0] == [0] * 3
+    monkeypatch.setattr(train, "train_step", stopped)
+    assert ranks(3, train.main, *flags, "--out", tmp_path / "r", said=tmp_path / "said")[0] == [143] * 3
+    monkeypatch.setattr(train, "train_step", step)
+    status, text = ranks(3, train.main, *flags, "--out", tmp_path / "r", said=tmp_path / "said")
+    assert status == [0] * 3 and "last.pt at step 2 of 4" in text[0] and same_run(tmp_path / "whole", tmp_path / "r")
+
+
 BAD = {  # flags: what the one line must hold
     "--batch 3 --accumulate 2": "multiple of 2",
     "--batch 1 --context paper.peers:ppm": "BatchNorm",
@@ -2019,7 +2058,7 @@ BAD = {  # flags: what the one line must hold
     "--context nowhere:thing": "MODULE:FACTORY",
     "--context else": "expected dnl, nl, none, or MODULE:FACTORY",
     "--no-gr --coarse-weight 1": "needs GR",
-    "--weights /nowhere.pth": "/nowhere.pth",
+    "--weights /nowhere.pth": "--weights /nowhere.pth: no such file",
     "--class-weights /nowhere.json": "/nowhere.json",
     "--resume /nowhere.pt": "/nowhere.pt",
     "--weights imagenet --preset released": "plain stem",
@@ -2028,6 +2067,12 @@ BAD = {  # flags: what the one line must hold
     "--ema 1": "below 1",
     "--compile --recompute": "leave one out",
     "--context nl --no-gr": "leave them out",
+    "--lr 1e39": "expected 0 or more, up to 1000000000",
+    "--crop 100000": "up to 8192",
+    "--scale 1 1e300": "MAX <= 100",
+    "--context math:pi": "cannot be called",
+    "--context math:gcd": "its factory returned int",
+    "--context .a:b": "MODULE:FACTORY",
 }
 
 
@@ -2049,6 +2094,44 @@ def test_exit_status_and_one_line(street, tmp_path):
                  ("evaluate.py", tmp_path / "none.pt")):
         status, out, err = script(*args)
         assert status == 2 and err.count("\n") == 1 and "Traceback" not in err, err
+
+
+@pytest.mark.parametrize("environment, words", [
+    ({"RANK": "a"}, "RANK='a'"), ({"WORLD_SIZE": "2"}, "start by torchrun"), ({"WORLD_SIZE": "-1"}, "WORLD_SIZE -1"),
+    ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, "RANK 2")], ids=str)
+def test_an_environment_that_is_not_torchruns(monkeypatch, environment, words):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=words):
+        with evaluate.distributed():
+            pass
+
+
+def test_output_that_cannot_be_written_is_no_traceback(run_folder, tmp_path):
+    """A full disk behind standard output: status 1 and a line; a closed standard error: nobody hears, the result is the same."""
+    command = [sys.executable, str(HERE / "evaluate.py"), str(run_folder / "best.pt")]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=100)
+    assert done.returncode == 1 and done.stderr.splitlines()[0] == "evaluate.py: [Errno 28] No space left on device", done.stderr
+    done = subprocess.run(f"{shlex.join(command)} --json 2>&-", shell=True, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and "miou" in json.loads(done.stdout.splitlines()[-1])
+
+
+def test_names_that_the_output_cannot_print_end_nothing(street, tmp_path):
+    shutil.copytree(street, tmp_path / "d")
+    (tmp_path / "d" / "classes.txt").write_text("stra\u00dfe\ngreen\nblue\n", encoding="utf-8")
+    done = subprocess.run([sys.executable, str(HERE / "data.py"), "check", "--data", "folder", "--root", str(tmp_path / "d")],
+                          capture_output=True, text=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}, timeout=100)
+    assert done.returncode == 0 and "stra\\xdfe" in done.stdout and not done.stderr.count("Traceback"), done.stderr
+
+
+def test_what_only_rank_0_meets_is_one_line_on_every_rank(street, tmp_path):
+    (tmp_path / "file").write_text("")
+    for flags in (["--weights", "/nowhere.pth"], ["--out", tmp_path / "file"]):
+        status, text = ranks(2, train.main, *TINY, "--root", street, "--out", tmp_path / "r", *flags, said=tmp_path / "said")
+        assert status == [2, 2] and all(len(t.splitlines()) == 1 for t in text) and "rank 1: stopped" in text[1], text
 
 
 def test_ctrl_c_is_no_traceback(capsys):
@@ -2332,7 +2415,7 @@ def test_full_disk_at_each_write(street, tmp_path, monkeypatch, capsys, stub):
 def test_two_steps_are_eq_5_by_plain_sgd(street, tmp_path, monkeypatch, stub, flags):
     """Against the formulas: cross-entropy + 0.3 * (res2, res3), momentum, weight decay, poly rate; jitter as its own test has it."""
     monkeypatch.chdir(tmp_path)
-    Path("w.json").write_text(json.dumps({"splits": {"train": {"weights": [0.5, 1.0, 2.0]}}}))
+    Path("w.json").write_text(json.dumps({"classes": ["red", "green", "blue"], "splits": {"train": {"weights": [0.5, 1.0, 2.0]}}}))
     args = train.parse([*TINY, "--root", str(street), "--aux-weight", "0.3", "--weight-decay", "0.1", *flags], 1)
     run = train.setup(args, 0, 1, torch.device("cpu"))
     train.set_mode(run.net, args.freeze_bn)
@@ -2362,7 +2445,7 @@ def test_two_steps_are_eq_5_by_plain_sgd(street, tmp_path, monkeypatch, stub, fl
 def test_ohem_is_the_mean_over_the_hard_pixels_of_all_ranks(street, tmp_path, monkeypatch, stub, weighted):
     """Two ranks print the loss of one, which is the mean of the pixels of a loss above 1, weighted where weights are given."""
     monkeypatch.setattr(train, "hardest", lambda pixels: pixels > 1)
-    (tmp_path / "w.json").write_text(json.dumps({"splits": {"train": {"weights": [0.5, 1.0, 2.0]}}}))
+    (tmp_path / "w.json").write_text(json.dumps({"classes": ["red", "green", "blue"], "splits": {"train": {"weights": [0.5, 1.0, 2.0]}}}))
     flags = [*TINY, "--root", street, "--ohem", "--seed", 1, *(["--class-weights", tmp_path / "w.json"] if weighted else [])]
     run = train.setup(train.parse([*map(str, flags)], 1), 0, 1, torch.device("cpu"))
     x, y, factors = next(iter(batches(run.data, batch=4, stop=1, crop=48, seed=1)))
@@ -2761,6 +2844,40 @@ def test_tensorboard_is_imported_only_when_asked(street, tmp_path, monkeypatch):
     assert trained(tmp_path / "r", street, "--epochs", 1) == 0
     with pytest.raises(data.InputError, match="pip install tensorboard"):
         trained(tmp_path / "s", street, "--tensorboard")
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("full", [(), ("add_scalar",), ("__init__",), ("close",), ("add_scalar", "close")], ids=str)
+def test_tensorboard_gets_the_log_and_its_full_disk_stops_nothing(street, tmp_path, monkeypatch, capsys, stub, full):
+    values, pictures = {}, []
+
+    class Writer:  # in the place of TensorBoard's
+        def __init__(self, folder, purge_step):
+            if "__init__" in full:
+                raise OSError(28, "No space left on device")
+
+        def add_scalar(self, name, value, step):
+            if "add_scalar" in full:
+                raise OSError(28, "No space left on device")
+            values[name, step] = value
+
+        def add_image(self, name, picture, step, dataformats):
+            pictures.append((name, picture.shape[2], step))
+
+        def close(self):
+            if "close" in full:
+                raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", argparse.Namespace(SummaryWriter=Writer))
+    assert trained(tmp_path / "r", street, "--tensorboard", "--ema", 0.5) == 0
+    assert capsys.readouterr().err.count("warning: TensorBoard's file not written") == bool(full)
+    assert trained(tmp_path / "s", street, "--ema", 0.5) == 0 and same_run(tmp_path / "r", tmp_path / "s")
+    if not full:
+        line = json.loads((tmp_path / "r" / "log.jsonl").read_text().splitlines()[-1])
+        names = ("loss", "loss_res2", "loss_res3", "lr", "miou", "accuracy", "ema_miou")
+        assert {n: values[n, 6] for n in names} == {n: line[n] for n in names}
+        assert {n: values[f"iou/{n}", 6] for n in line["iou"]} == line["iou"] and ("gamma", 6) in values
+        assert len([n for n, step in values if n == "step/loss"]) == 6 and pictures == [("val", 3, 3), ("val", 3, 6)]
 
 
 # ==================================================================================================== predict.py
@@ -2835,7 +2952,7 @@ class Blur(nn.Module):
 def test_tiles_give_what_the_whole_image_gives(size):
     image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     net = Blur()
-    ids, confidence = predict.predict_ids(net, image, device=CPU, side=24)  # margin 3, the blur reaches 2
+    ids, confidence = predict.predict_ids(net, image, "", device=CPU, side=24)  # margin 3, the blur reaches 2
     assert net.largest <= 24 * 24
     x = (image.double().numpy() - np.array([123.675, 116.28, 103.53])[:, None, None])
     x = np.pad(x / np.array([58.395, 57.12, 57.375])[:, None, None], ((0, 0), (2, 2), (2, 2)))
@@ -2849,7 +2966,7 @@ def test_tiles_give_what_the_whole_image_gives(size):
 def test_up_to_the_bound_it_is_evaluates_argmax(checkpoint, options):
     net, _ = evaluate.load_network(checkpoint, CPU)
     image = torch.from_numpy(blocks(48, 70)).permute(2, 0, 1)
-    ids, _ = predict.predict_ids(net, image, device=CPU, **options)
+    ids, _ = predict.predict_ids(net, image, "", device=CPU, **options)
     assert np.array_equal(ids, evaluate.predict(net, image, **options).argmax(0).numpy())
     assert len(np.unique(ids)) > 1
 
@@ -2945,6 +3062,18 @@ def test_wrong_flags(photo, flags):
         run("absent.pt", photo, *flags)
 
 
+def test_an_output_that_is_not_finite_is_no_result(run_folder, street, photo, tmp_path, capsys):
+    """Finite weights that overflow: neither a score nor a mask of class 0 comes of them."""
+    state = torch.load(run_folder / "best.pt", weights_only=True)
+    for name in ("head.0.weight", "head.4.weight"):
+        state["model"][name] *= 1e30
+    torch.save(state, tmp_path / "huge.pt")
+    with pytest.raises(InputError, match=r"images/val/0\.png: the network's output is not finite: try --amp off"):
+        evaluate.main([str(tmp_path / "huge.pt")])
+    assert run(tmp_path / "huge.pt", photo, "--out", tmp_path / "o") == 1
+    assert "photo.png: the network's output is not finite" in capsys.readouterr().err and not (tmp_path / "o").exists()
+
+
 def test_out_that_is_a_file(photo):
     with pytest.raises(InputError, match="is a file: name a folder"):
         run("absent.pt", photo, "--out", __file__)
@@ -2961,9 +3090,9 @@ def test_image_without_result_leaves_the_others(checkpoint, photo, tmp_path, cap
               43: lambda: Image.new("L", (9, 9)).resize((0, 9)), 44: lambda: torch.ones(2) @ torch.ones(3)}
     whole = predict.predict_ids
 
-    def failing(net, image, **options):
+    def failing(net, image, source, **options):
         errors.get(image.shape[2], tuple)()
-        return whole(net, image, **options)
+        return whole(net, image, source, **options)
 
     monkeypatch.setattr(predict, "predict_ids", failing)
     for width in (41, 42, 43):

@@ -23,11 +23,12 @@ import signal
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 import dnl
-from data import (IGNORE, SETTINGS, DataSet, InputError, Parser, color_jitter, normalize, open_dataset, read, run_script, step_items,
-                  train_batches, write)
-from evaluate import AMP, VERSION, choose_amp, colorize, distributed, evaluate, find_factory, predict, read_checkpoint, scores, sheet, table
+from data import (IGNORE, SETTINGS, DataSet, InputError, Parser, color_jitter, normalize, on_terminal, open_dataset, read, run_script, show,
+                  step_items, tell, train_batches, write)
+from evaluate import (AMP, VERSION, choose_amp, colorize, distributed, evaluate, find_factory, predict, read_checkpoint, scores, sheet, table,
+                      together)
 
 # ------------------------------------------------------------------------------------------------ schedule and loss
 
@@ -103,7 +105,7 @@ def parser() -> Parser:
     g.add_argument("--context", default="dnl", help="dnl, nl, none, or MODULE:FACTORY of your own (%(default)s)")
     g.add_argument("--no-gr", action="store_true", help="without Global Rectifying")
     g.add_argument("--no-lr", action="store_true", help="without Local Retention")
-    g.add_argument("--weights", default="none", help="of the backbone: imagenet (downloaded), none, or a file, of torchvision or of train.py (%(default)s)")
+    g.add_argument("--weights", default="none", help="of the backbone: imagenet (downloaded), none, or a file of torchvision or train.py (%(default)s)")
     optimisation_flags(p)
     g = p.add_argument_group("machine")
     g.add_argument("--workers", type=int, default=2, help="processes that read images, per rank (%(default)s)")
@@ -151,15 +153,13 @@ def parse(argv: Sequence[str] | None, world: int) -> argparse.Namespace:
             setattr(args, name, list(value) if isinstance(value, tuple) else value)
     args.epochs *= 2 if long else 1  # 480 epochs for the test set (Section IV-A)
     args.out = Path(args.out or f"runs/{args.data}")
-    for name in ("crop", "batch", "accumulate", "epochs", "channels", "log_every", "eval_every"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 1 or more")
-    for name in ("lr", "weight_decay", "power", "momentum", "aux_weight", "coarse_weight", "seed", "clip", "warmup", "backbone_lr",
+    least = dict.fromkeys(("crop", "batch", "accumulate", "epochs", "channels", "log_every", "eval_every"), 1)
+    most = {"crop": 8192, "channels": 8192, "seed": 2**63 - 1}
+    for name in (*least, "lr", "weight_decay", "power", "momentum", "aux_weight", "coarse_weight", "seed", "clip", "warmup", "backbone_lr",
                  "workers", "skip_nonfinite", "save_every"):
-        if not 0 <= getattr(args, name) < math.inf:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 0 or more")
-    if args.seed >= 2**63:
-        raise InputError(f"--seed {args.seed}: expected a number below 2^63")
+        low, high = least.get(name, 0), most.get(name, 10**9)
+        if not low <= getattr(args, name) <= high:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {low} or more, up to {high}")
     if not 0 <= args.ema < 1:
         raise InputError(f"--ema {args.ema}: expected 0 (off) or a decay below 1, such as 0.999")
     if args.context not in ("dnl", "nl", "none") and ":" not in args.context:
@@ -168,8 +168,13 @@ def parse(argv: Sequence[str] | None, world: int) -> argparse.Namespace:
         raise InputError(f"--no-gr and --no-lr are parts of --context dnl, which --context {args.context} has not: leave them out")
     if args.compile and args.recompute:
         raise InputError("--compile and --recompute: torch.compile cannot follow the second forward: leave one out")
-    if not 0 < args.scale[0] <= args.scale[1] < math.inf:
-        raise InputError(f"--scale {args.scale[0]} {args.scale[1]}: expected 0 < MIN <= MAX")
+    if not 0 < args.scale[0] <= args.scale[1] <= 100:
+        raise InputError(f"--scale {args.scale[0]} {args.scale[1]}: expected 0 < MIN <= MAX <= 100")
+    if args.tensorboard:
+        try:
+            import_module("torch.utils.tensorboard")
+        except ImportError:
+            raise InputError("--tensorboard: the package tensorboard is not installed: pip install tensorboard, or do without") from None
     if args.batch % (world * args.accumulate):
         raise InputError(f"--batch {args.batch} is the total over all ranks, and {world} ranks in {args.accumulate} parts do not "
                         f"divide it: take a multiple of {world * args.accumulate}")
@@ -206,15 +211,19 @@ def check_batch(config: dnl.Config, args: argparse.Namespace, together: int) -> 
                             f"{args.crop} to a BatchNorm ({e}): raise --batch or --crop, or lower --accumulate") from None
 
 
-def read_weights(path: str, n: int) -> Tensor:
-    """The class weights (n,) that `data.py check --json` printed into a file."""
+def read_weights(path: str, classes: Sequence[str]) -> Tensor:
+    """The weights of the classes (n,) that `data.py check --json` printed into a file."""
     try:
-        splits = json.loads(Path(path).read_text())["splits"]
+        if not os.path.isfile(path):  # a pipe would be waited for
+            raise OSError("no such file")
+        report = json.loads(Path(path).read_text())
+        splits, names = report["splits"], report["classes"]
         weights = torch.tensor(splits.get("train", next(iter(splits.values())))["weights"], dtype=torch.float32)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as e:
-        raise InputError(f"{path}: no class weights ({e}): expected what `data.py check --json` prints") from None
-    if weights.shape != (n,) or not ((weights > 0) & weights.isfinite()).all():
-        raise InputError(f"{path}: {tuple(weights.shape)} class weights; expected {n}, above 0 and finite: run data.py check on this data set")
+    except Exception as e:  # what is no such file can fail anywhere
+        raise InputError(f"{show(path)}: no class weights ({type(e).__name__} {e}): expected what `data.py check --json` prints") from None
+    if names != [*classes] or weights.shape != (len(classes),) or not ((weights > 0) & weights.isfinite()).all():
+        raise InputError(f"{show(path)}: class weights {tuple(weights.shape)} of other classes, or not above 0 and finite: run data.py check "
+                         "on this data set")
     return weights
 
 
@@ -267,16 +276,21 @@ class Run:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """What makes the result what it is: runs with equal settings end with equal weights."""
-        own = {k: v for k, v in vars(self.args).items() if k not in OPERATIONAL}
-        top = os.path.join(Path(self.args.root or ""), "")  # as the names have it, however --root is spelt
-        names = "\n".join(str(item.image).removeprefix(top) for item in self.data.items)
-        crc = zlib.crc32(names.encode("utf-8", "surrogateescape"))
-        weights = None if self.class_weights is None else self.class_weights.tolist()  # not the name of their file
-        return own | {"images": len(self.data), "names": f"{crc:08x}", "classes": list(self.data.classes), "class_weights": weights}
+        return settings_of(self.args, self.data, self.class_weights)
+
+
+def settings_of(args: argparse.Namespace, data: DataSet, class_weights: Tensor | None) -> dict[str, Any]:
+    """The arguments that shape the result, and what stands for the files: the number and names of images, the classes, the weights."""
+    own = {k: v for k, v in vars(args).items() if k not in OPERATIONAL}
+    top = os.path.join(Path(args.root or ""), "")  # as the names have it, however --root is spelt
+    names = "\n".join(str(item.image).removeprefix(top) for item in data.items)
+    crc = zlib.crc32(names.encode("utf-8", "surrogateescape"))
+    weights = None if class_weights is None else class_weights.tolist()  # not the name of their file
+    return own | {"images": len(data), "names": f"{crc:08x}", "classes": list(data.classes), "class_weights": weights}
 
 
 def setup(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> Run:
-    """Everything but the checkpoint: data, network, optimizer. Raises InputError for what the user can mend."""
+    """This rank's data, network and optimizer, before it meets the others. Raises InputError for what the user can mend."""
     data, val = (open_dataset(args.data, args.root, s, args.cache) for s in (args.split, "val"))
     step_items(0, seed=args.seed, n=len(data), batch=args.batch)
     args.amp = choose_amp(args.amp, device)
@@ -286,26 +300,45 @@ def setup(args: argparse.Namespace, rank: int, world: int, device: torch.device)
         check_batch(config, args, args.batch // args.accumulate // (1 if sync else world))
         torch.manual_seed(args.seed)
         net = dnl.build(config, find_factory(config.context))
-    except ValueError as e:
+    except (TypeError, ValueError) as e:  # TypeError: of a factory
         raise e if isinstance(e, InputError) else InputError(str(e)) from None
-    if args.weights != "none" and rank == 0:  # DDP hands rank 0's to the others
+    if args.weights != "none" and rank == 0:  # `connect` hands rank 0's to the others
         read_backbone(net, args)
     net = nn.SyncBatchNorm.convert_sync_batchnorm(net) if sync else net
     net.backbone.recompute = args.recompute
     net.to(device, memory_format=torch.channels_last)
-    model = torch.compile(net) if args.compile else net
-    if world > 1:
-        model = nn.parallel.DistributedDataParallel(model, device_ids=[device] if sync else None, gradient_as_bucket_view=True)
     backbone = list(net.backbone.parameters())
     others = [p for name, p in net.named_parameters() if not name.startswith("backbone.")]
     optimizer = torch.optim.SGD([{"params": backbone, "factor": args.backbone_lr}, {"params": others, "factor": 1.0}],
                                 args.lr, args.momentum, weight_decay=args.weight_decay,  # not fused in fp16, where a first step
                                 fused=device.type == "cuda" and args.amp != "fp16")  # that is skipped leaves momentum unset
     weights = [1.0, args.aux_weight, args.aux_weight] + [args.coarse_weight] * config.p_supervised
-    return Run(args, data, val, net, model, optimizer, torch.amp.GradScaler(device.type, enabled=args.amp == "fp16"), rank, world,
-               device, torch.tensor(weights, device=device), ema=deepcopy(net) if args.ema else None,
-               class_weights=read_weights(args.class_weights, len(data.classes)) if args.class_weights else None,
-               sums=torch.zeros(len(weights), dtype=torch.float64, device=device))
+    return Run(args, data, val, net, torch.compile(net) if args.compile else net, optimizer,
+               torch.amp.GradScaler(device.type, enabled=args.amp == "fp16"), rank, world, device, torch.tensor(weights, device=device),
+               sums=torch.zeros(len(weights), dtype=torch.float64, device=device),
+               class_weights=read_weights(args.class_weights, data.classes) if args.class_weights else None)
+
+
+def connect(run: Run) -> None:
+    """The network under DDP where there are several ranks, all with rank 0's weights; then, for --ema, a copy of them."""
+    if run.world > 1:
+        gpu = run.device.type == "cuda"
+        run.model = nn.parallel.DistributedDataParallel(run.model, device_ids=[run.device] if gpu else None, gradient_as_bucket_view=True)
+        if not gpu:
+            run.model.register_comm_hook(None, mean_in_rank_order)
+    run.ema = deepcopy(run.net) if run.args.ema else None
+
+
+def mean_in_rank_order(state, bucket):  # DDP refuses annotations that are text, as all of this file are
+    """The mean of DDP's gradients, added up from rank 0 on. Gloo's own order depends on the place in the bucket, and DDP lays out
+    its buckets anew after the first step of a process: a resumed run of three ranks would round otherwise than an uninterrupted one."""
+    parts = [torch.empty_like(bucket.buffer()) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, bucket.buffer())
+    for part in parts[1:]:
+        parts[0] += part
+    done = torch.futures.Future()
+    done.set_result(parts[0].div_(len(parts)))
+    return done
 
 
 def read_backbone(net: dnl.Network, args: argparse.Namespace) -> None:
@@ -341,19 +374,6 @@ def over_ranks(run: Run, facts: Sequence[float]) -> list[float]:
     if run.world > 1:
         dist.all_reduce(t)
     return t.tolist()
-
-
-def tell(text: str, file: Any = None, end: str = "\n") -> None:
-    """Print, where anybody listens: a closed pipe or a full disk behind it stops no training."""
-    try:
-        print(text, file=file, end=end, flush=True)
-    except OSError:
-        pass
-
-
-def live() -> bool:
-    """Whether a person sees the lines, who may have closed the output."""
-    return sys.stdout is not None and sys.stdout.isatty()
 
 
 def count_labelled(run: Run, labels: Tensor, among: Tensor | bool = True) -> Tensor:
@@ -436,9 +456,10 @@ def follow(ema: nn.Module, net: nn.Module, decay: float) -> None:
 def nonfinite(run: Run, step: int, what: str = "loss is") -> InputError:
     """The error of a step after which something is not finite, with the files of its batch."""
     items = step_items(step, seed=run.args.seed, n=len(run.data), batch=run.args.batch, rank=run.rank, world=run.world)
-    images = ", ".join(str(run.data.items[i].image) for _, i in items)
-    return InputError(f"step {step + 1}, rank {run.rank}: the {what} not finite; images {images}; {run.args.out}/last.pt is from "
-                     "before: lower --lr, try --clip 1 or --amp off, or --skip-nonfinite N")
+    images = ", ".join(show(run.data.items[i].image) for _, i in items)
+    last = run.args.out / "last.pt"
+    return InputError(f"step {step + 1}, rank {run.rank}: the {what} not finite; images {images}; "
+                     + f"{show(last)} is from before: " * last.exists() + "lower --lr, try --clip 1 or --amp off, or --skip-nonfinite N")
 
 
 def check_finite(run: Run) -> None:
@@ -509,14 +530,15 @@ def save(run: Run) -> None:
             write(out / "best.pt", lambda f: torch.save(state, f))
             run.best = miou
         if run.ema is not None:
-            write(out / "ema.pt", lambda f: torch.save(state | {"model": state["ema"]}, f))
+            averaged = state | {"model": state["ema"], "settings": state["settings"] | {"averaged": True}}  # nothing to train on from
+            write(out / "ema.pt", lambda f: torch.save(averaged, f))
         write(out / "new.pt", lambda f: torch.save(state, f))
         promote(out)
         write_log(run)
         run.unsaved = False
     except OSError as e:
         run.unsaved = True
-        tell(f"warning: step {run.step} not saved ({e}); tried again within {run.args.log_every} steps", sys.stderr)
+        tell(f"warning: step {run.step} not saved ({e}); tried again within {run.args.log_every} steps", error=True)
 
 
 def promote(out: Path) -> None:
@@ -547,7 +569,7 @@ def find_checkpoint(run: Run) -> tuple[Path, dict[str, Any]] | None:
             if path == found[-1]:
                 raise
             if run.rank == 0:
-                tell(f"warning: {e}; going on from {found[-1].name}", sys.stderr)
+                tell(f"warning: {e}; going on from {found[-1].name}", error=True)
     return None
 
 
@@ -604,7 +626,7 @@ def restore(run: Run) -> None:
         try:
             write_log(run)
         except OSError as e:
-            tell(f"warning: log.jsonl not written ({e})", sys.stderr)
+            tell(f"warning: log.jsonl not written ({e})", error=True)
         tell(f"resumed {path} at step {run.step} of {run.total}")
 
 
@@ -626,15 +648,13 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(s, handler)
 
 
-def report(run: Run, board: Any, share: Tensor | None, speed: float) -> None:
+def report(run: Run, draw: Callable[..., None], share: Tensor | None, speed: float) -> None:
     """Look at the losses so far, and tell this step's. share: what `train_step` returned. speed: images/s over all ranks."""
     check_finite(run)
     loss = math.nan if share is None else over_ranks(run, share.tolist())[0]
     if run.rank == 0:
         say(run, "left out" if share is None else f"{loss:.4f}", speed)
-    if board is not None:
-        for name, value in ("loss", loss), ("lr", run.lr), ("images_per_second", speed):
-            board.add_scalar(f"step/{name}", value, run.step)
+    draw({"step/loss": loss, "step/lr": run.lr, "step/images_per_second": speed})
 
 
 def say(run: Run, loss: str, speed: float) -> None:
@@ -645,7 +665,7 @@ def say(run: Run, loss: str, speed: float) -> None:
     line = (f"epoch {(run.step - 1) // run.per_epoch + 1}/{run.args.epochs}  step {run.step}/{run.total}  loss {loss}  "
             f"lr {run.lr:.6f}  {speed:.1f} images/s  {memory:.1f} GiB  "
             f"left {left // 3600}:{left // 60 % 60:02}:{left % 60:02}")
-    if live():
+    if on_terminal(sys.stdout):
         done = 20 * run.step // run.total
         line = f"[{'#' * done}{'.' * (20 - done)}] {line}"[:shutil.get_terminal_size().columns - 1]  # a row: more could not be taken back
         tell(f"\r\033[K{line}", end="")
@@ -653,7 +673,7 @@ def say(run: Run, loss: str, speed: float) -> None:
         tell(line)
 
 
-def end_epoch(run: Run, board: Any) -> None:
+def end_epoch(run: Run, draw: Callable[..., None]) -> None:
     """Validate (every --eval-every epochs, and the last), append the epoch's line to the history, save. Saved before validating
     too, which may take long: after a kill or a signal meanwhile, validation alone is repeated."""
     epoch, names = run.step // run.per_epoch, ("loss", "loss_res2", "loss_res3", "loss_p")
@@ -672,35 +692,46 @@ def end_epoch(run: Run, board: Any) -> None:
     run.sums.zero_()
     save(run)
     if run.rank == 0 and "iou" in line:
-        tell("\n" * live() + f"epoch {epoch}/{run.args.epochs}  val mIoU {line['miou']}  accuracy {line['accuracy']}"
-             + (f"  of the averaged weights mIoU {line['ema_miou']}" if run.ema is not None else "") + "; no pixel of the validation split is labelled" * (line["miou"] is None))
-    if board is not None:
-        write_board(run, board, line)
+        tell("\n" * on_terminal(sys.stdout) + f"epoch {epoch}/{run.args.epochs}  val mIoU {line['miou']}  accuracy {line['accuracy']}"
+             + (f"  of the averaged weights mIoU {line['ema_miou']}" if run.ema is not None else "")
+             + "; no pixel of the validation split is labelled" * (line["miou"] is None))
+    values = line | {f"iou/{name}": iou for name, iou in line.get("iou", {}).items()} | {
+        "gamma": run.net.context.gamma.item() if hasattr(run.net.context, "gamma") else None}
+    draw(values, None if line["miou"] is None else partial(val_sheet, run))
 
 
-def open_board(run: Run) -> Any:
-    """TensorBoard's writer into the run's folder, on rank 0 and where asked for; imported only then."""
+@contextmanager
+def open_board(run: Run) -> Iterator[Callable[..., None]]:
+    """draw(values, picture) into TensorBoard, on rank 0 where it is asked for; it leaves out what is no float, and calls picture for
+    an image. A full disk is a warning."""
     if not run.args.tensorboard or run.rank:
-        return None
+        yield lambda values, picture=None: None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+    writers, failed = [], []
+
+    def attempt(action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except OSError as e:
+            if not failed:
+                tell(f"warning: TensorBoard's file not written ({e})", error=True)
+            failed.append(e)
+
+    def draw(values: dict[str, Any], picture: Callable[[], Image.Image] | None = None) -> None:
+        for writer in writers:
+            for name, value in values.items():
+                if isinstance(value, float):
+                    attempt(partial(writer.add_scalar, name, value, run.step))
+            if picture is not None:
+                attempt(partial(writer.add_image, "val", np.asarray(picture()), run.step, dataformats="HWC"))
+
+    attempt(lambda: writers.append(SummaryWriter(run.args.out, purge_step=run.step)))
     try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise InputError("--tensorboard: the package tensorboard is not installed: pip install tensorboard, or do without") from None
-    return SummaryWriter(run.args.out, purge_step=run.step)
-
-
-def write_board(run: Run, board: Any, line: dict[str, Any]) -> None:
-    """An epoch's losses, lr, scores of each class, gamma and predictions."""
-    for name, value in line.items():
-        if isinstance(value, float):
-            board.add_scalar(name, value, run.step)
-    for name, value in line.get("iou", {}).items():
-        if value is not None:
-            board.add_scalar(f"iou/{name}", value, run.step)
-    if hasattr(run.net.context, "gamma"):
-        board.add_scalar("gamma", run.net.context.gamma.item(), run.step)
-    if line["miou"] is not None:
-        board.add_image("val", np.asarray(val_sheet(run)), run.step, dataformats="HWC")
+        yield draw
+    finally:
+        for writer in writers:
+            attempt(writer.close)
 
 
 def results(batches: Iterator[Any]) -> Iterator[Any]:
@@ -725,14 +756,14 @@ def agree(run: Run, batch: Any, *facts: float) -> list[float]:
 
 def train(run: Run) -> None:
     """From run.step to the end. Stopped, after a signal."""
-    args, board = run.args, open_board(run)
+    args = run.args
     batches = train_batches(run.data, seed=args.seed, batch=args.batch, start=run.step, stop=run.total, rank=run.rank,
                             world=run.world, crop=args.crop, scale=tuple(args.scale), workers=args.workers,
                             pin=run.device.type == "cuda")
     set_mode(run.net, args.freeze_bn)
-    with stop_signals() as run.caught, closing(batches), closing(board) if board is not None else nullcontext():
+    with stop_signals() as run.caught, closing(batches), open_board(run) as draw:
         if run.step == (len(run.history) + 1) * run.per_epoch:  # stopped while validating
-            end_epoch(run, board)
+            end_epoch(run, draw)
         start, first = time.monotonic(), run.step
         for batch in results(batches):
             labelled, signals, again = agree(run, batch, len(run.caught), run.unsaved and run.step % args.log_every == 0)
@@ -745,10 +776,10 @@ def train(run: Run) -> None:
                 run.sums += share
             run.step += 1
             if run.step % args.log_every == 0 or run.step == first + 1:
-                report(run, board, share, (run.step - first) * args.batch / (time.monotonic() - start))
+                report(run, draw, share, (run.step - first) * args.batch / (time.monotonic() - start))
             pause = time.monotonic()
             if run.step % run.per_epoch == 0:
-                end_epoch(run, board)
+                end_epoch(run, draw)
             elif again or args.save_every and run.step % args.save_every == 0:
                 save(run)
             start += time.monotonic() - pause  # images/s are those of training
@@ -778,7 +809,7 @@ def finish(run: Run) -> int:
         try:
             write(out / "val.png", lambda f: pictures.save(f, "PNG"))
         except OSError as e:
-            tell(f"warning: val.png not written ({e})", sys.stderr)
+            tell(f"warning: val.png not written ({e})", error=True)
             return 1
         best = "" if run.best is None else f"best.pt (mIoU {run.best:.4f}), "
         tell(f"in {out}: last.pt, {best}log.jsonl, val.png")
@@ -789,17 +820,17 @@ def make_folder(path: Path) -> Any:
     """The run's folder, ready to be looked at, or InputError. Returns a file in it that is locked as long as it is open."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = open(path / ".lock", "w")
+        lock = open(os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NONBLOCK), "w")  # a pipe of that name would be waited for
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by the loader's processes, which outlive a killed one
         except (BlockingIOError, PermissionError):
-            raise InputError(f"--out {path}: another training is writing to it: wait for it, end it, or choose another") from None
+            raise InputError(f"--out {show(path)}: another training is writing to it: wait for it, end it, or choose another") from None
         except OSError:
             pass  # a file system without locks
         promote(path)
         return lock
     except OSError as e:
-        raise InputError(f"--out {path}: {e.strerror}: choose another") from None
+        raise InputError(f"--out {show(path)}: {e.strerror}: choose another") from None
 
 
 def choose_kernels(args: argparse.Namespace) -> None:
@@ -815,13 +846,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     with distributed() as (rank, world, device):
         args = parse(argv, world)
         choose_kernels(args)
-        run = setup(args, rank, world, device)
-        with make_folder(args.out) if rank == 0 else nullcontext():
-            if rank == 0:
-                for text in notes(args):
-                    tell(f"note: {text}", sys.stderr)
-            over_ranks(run, [0])  # no rank looks for a checkpoint before
-            restore(run)
+        with together(rank):
+            run = setup(args, rank, world, device)
+            lock = make_folder(args.out) if rank == 0 else nullcontext()  # no rank looks for a checkpoint before
+        with lock:
+            for text in notes(args) if rank == 0 else ():
+                tell(f"note: {text}", error=True)
+            connect(run)
+            with together(rank):
+                restore(run)
             if over_ranks(run, [run.step])[0] != run.step * world:
                 raise InputError(f"{args.out}: the ranks found different checkpoints: name an --out that all nodes see")
             try:
@@ -829,7 +862,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             except Stopped as e:
                 number, saved = e.args[0], "not saved" if over_ranks(run, [run.unsaved])[0] else "saved"
                 tell(f"rank {rank}: stopped by {signal.Signals(number).name} at step {run.step}, {saved}: the same command goes on",
-                     sys.stderr)
+                     error=True)
                 return 128 + number
             return finish(run)
 

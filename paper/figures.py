@@ -97,7 +97,7 @@ def predictions(args: argparse.Namespace, device: torch.device) -> tuple[DataSet
                             f"{dataset.name} {args.split}")
         amp = AMP[choose_amp(checkpoint["amp"], device)]
         images = (torch.tensor(read(dataset, i)[0]).permute(2, 0, 1) for i in chosen)
-        guesses.append([predict_ids(net, image, device=device, amp=amp)[0] for image in images])
+        guesses.append([predict_ids(net, image, path, device=device, amp=amp)[0] for image in images])
     return dataset, chosen, guesses
 
 
@@ -137,11 +137,13 @@ def read_log(run: str) -> list[dict]:
     """The epochs of a run's log.jsonl (the run's folder, or the file). InputError: none there, or not such a file."""
     path = Path(run, "log.jsonl") if Path(run).is_dir() else Path(run)
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise OSError(0, "no such file")
         epochs = [e for e in map(json.loads, path.read_text(encoding="utf-8").splitlines()) if "settings" not in e]
         if not epochs or not all(type(e["epoch"]) is int and e["epoch"] > 0 and is_value(e["loss"]) and is_value(e["miou"])
                                  for e in epochs):
             raise ValueError("no epoch in it, or other values than train.py writes")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
         raise InputError(f"{path}: not the log of a run ({getattr(e, 'strerror', None) or e}): name the folder that train.py "
                         "wrote, after its first epoch") from None
     return epochs
@@ -149,7 +151,7 @@ def read_log(run: str) -> list[dict]:
 
 def is_value(x: object) -> bool:
     """Whether a log's loss or mIoU can be drawn: a finite number, or None where there was none."""
-    return x is None or isinstance(x, (int, float)) and math.isfinite(x)
+    return x is None or isinstance(x, (int, float)) and abs(x) < 1e30
 
 
 def ticks(low: float, high: float, about: int = 8) -> list[float]:
@@ -217,7 +219,7 @@ def attention(args: argparse.Namespace, device: torch.device) -> Image.Image:
         image = torch.tensor(decode_image(Path(path)), device=device).permute(2, 0, 1)
         for pixel in args.pixel or ():
             require_pixel(pixel, image.shape[2], image.shape[1], path)
-        ids = predict_ids(net, image, device=device, amp=amp)[0]
+        ids = predict_ids(net, image, path, device=device, amp=amp)[0]
         for x, y in args.pixel or draw_pixels(ids, 2, np.random.default_rng(args.seed)):
             rows.append(attention_row(net, image, (x, y), f"{x},{y} {checkpoint['classes'][ids[y, x]]}", args.width))
     return attention_sheet(rows)
@@ -248,8 +250,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if name != "curves":
             p.add_argument("--context", nargs="+", default=[], help="MODULE:FACTORY, again, where training was given one")
     args = main.parse_args(argv)
-    if args.width < 200:
-        raise InputError(f"--width {args.width}: expected 200 or more")
+    if not 200 <= args.width <= 20000:
+        raise InputError(f"--width {args.width}: expected 200 to 20000")
+    if args.figure in ("compare", "region") and args.width < 40 * (len(args.checkpoints) + 2):
+        raise InputError(f"--width {args.width}: too narrow for {len(args.checkpoints)} checkpoints; expected {40 * (len(args.checkpoints) + 2)} or more")
+    if args.figure == "attention" and args.seed < 0:
+        raise InputError(f"--seed {args.seed}: expected 0 or more")
     if not args.out.lower().endswith(".png"):
         raise InputError(f"--out {args.out}: expected the name of a .png file")
     return args

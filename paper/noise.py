@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import dnl
-from data import IGNORE, DataSet, InputError, Parser, eval_images, run_script
+from data import IGNORE, DataSet, InputError, Parser, eval_images, on_terminal, run_script, tell
 from evaluate import load_network, open_like, parse_flags
 from predict import attention_inputs, require_attention
 
@@ -85,10 +85,12 @@ def measure(net: dnl.Network, dataset: DataSet, *, queries: int, seed: int, devi
     sums = torch.zeros(3, 2, len(dataset.classes), dtype=torch.float64, device=device)
     counts = torch.zeros_like(sums)
     for index, image, label in eval_images(dataset, 0, 1, workers):
+        progress(index + 1, len(dataset))
+        if (label == IGNORE).all():
+            continue  # no query
         values, classes = image_noise(net, image.to(device), label.to(device), queries, np.random.default_rng((seed, index)))
         sums.index_add_(2, classes, values.nan_to_num(0))
         counts.index_add_(2, classes, (~values.isnan()).double())
-        progress(index + 1, len(dataset))
     return (sums / counts).cpu(), counts.long().cpu()
 
 
@@ -131,9 +133,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     net, checkpoint = load_network(args.checkpoint, device, args.context)
     require_attention(net, args.checkpoint)
     dataset = open_like(checkpoint, args.data, args.root, args.split, args.checkpoint)
-    show = sys.stderr.isatty()
+    live = on_terminal(sys.stderr)
     means, counts = measure(net, dataset, queries=args.queries, seed=args.seed, device=device, workers=args.workers,
-                            progress=lambda i, n: show and print(f"\r{i}/{n} images", end="\n" * (i == n), file=sys.stderr))
+                            progress=lambda i, n: live and tell(f"\r{i}/{n} images", error=True, end="\n" * (i == n)))
     print(table(means, counts, dataset.classes))
     if args.json:
         print(json.dumps({"maps": as_plain(means, counts, dataset.classes), "data": dataset.name, "split": args.split,

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from data import InputError, Parser, run_script, write
+from data import InputError, Parser, open_dataset, run_script, write
 from dnl import DenoisedNonLocal, denoised_maps
 from paper import peers
 from paper.bench import in_turn, markdown, peak_memory
@@ -149,24 +149,33 @@ class Cell:
     argv: tuple[str, ...]
     settings: dict[str, Any]
 
-    def log(self) -> list[dict[str, Any]]:
-        """The lines of log.jsonl: the settings, then the epochs. Empty before the first epoch's end."""
+    def log(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The settings and the epochs of log.jsonl, none before the first epoch's end. InputError: another file of that name."""
         path = self.out / "log.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        if not path.exists():
+            return {}, []
+        try:
+            first, *epochs = map(json.loads, path.read_text().splitlines())
+            if type(first["settings"]["epochs"]) is not int or not all(
+                    type(e["epoch"]) is int and (e["miou"] is None or 0 <= e["miou"] <= 1) for e in epochs):
+                raise ValueError("other values than train.py writes")
+            return first["settings"], epochs
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
+            raise InputError(f"{path}: not the log of a run ({e}): remove its folder, or choose another --out") from None
 
     def epoch(self) -> int:
         """Epochs that are done."""
-        return self.log()[-1].get("epoch", 0) if self.log() else 0
+        epochs = self.log()[1]
+        return epochs[-1]["epoch"] if epochs else 0
 
     def result(self) -> dict[str, Any] | None:
         """The line of results.jsonl, None while unfinished. miou: of the last epoch; best: the highest of all epochs.
 
         InputError where the finished run is of other settings than this cell's.
         """
-        first, *epochs = self.log() or [{}]
-        if not epochs or epochs[-1]["epoch"] < first["settings"]["epochs"] or epochs[-1]["miou"] is None:
+        was, epochs = self.log()
+        if not epochs or epochs[-1]["epoch"] < was["epochs"] or epochs[-1]["miou"] is None:
             return None
-        was = first["settings"]
         differ = [f"{k} {was[k]} -> {v}" for k, v in self.settings.items() if k in was and was[k] != v]
         if differ:
             raise InputError(f"{self.out}: finished with other settings ({'; '.join(differ)}): repeat its flags "
@@ -187,12 +196,14 @@ def cells_of(table: str, out: Path, seeds: Sequence[int], flags: Sequence[str]) 
     given = [k for k in own if getattr(parser.parse_args(flags), k) is not None]
     if given:
         raise InputError(f"--{given[0].replace('_', '-')} among train.py's flags: the table sets it, leave it out")
-    cells = []
+    cells, common = [], train.parse(flags, world=1)
+    data = open_dataset(common.data, common.root, common.split)
+    weights = train.read_weights(common.class_weights, data.classes) if common.class_weights else None
     for seed in dict.fromkeys(seeds):
         for name in TABLES[table]:
             folder = out / f"{name}-seed{seed}"
             argv = (*flags, *METHODS[name].flags, "--seed", str(seed), "--out", str(folder))
-            settings = {k: v for k, v in vars(train.parse(argv, world=1)).items() if k not in train.OPERATIONAL}
+            settings = train.settings_of(train.parse(argv, world=1), data, weights)
             if settings["amp"] == "auto":  # chosen by the machine
                 del settings["amp"]
             cells.append(Cell(name, seed, folder, argv, settings))

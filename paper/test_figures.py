@@ -125,13 +125,13 @@ EDITED = ('{"epoch": 0, "loss": 1, "miou": null}', '{"epoch": "1", "loss": 1, "m
     (["region", "dnl.pt", "--class", "cow"], r"--class cow: expected one of sky, ground"),
     (["compare", "dnl.pt", "--names", "a", "b"], r"got 2 names for 1 paths"),
     (["compare", "dnl.pt", "--images", "64"], r"--images 64: expected numbers in 0\.\.63"),
-    (["curves", "."], r"log\.jsonl: not the log of a run \(No such file"),
+    (["curves", "."], r"log\.jsonl: not the log of a run \(no such file"),
     (["curves", "photo.png"], r"photo\.png: not the log of a run"),
     (["curves", "empty.jsonl"], r"empty\.jsonl: not the log of a run \(no epoch in it"),
     *((["curves", f"edited{i}.jsonl"], rf"edited{i}\.jsonl: not the log of a run") for i in range(len(EDITED))),
     (["attention", "dnl.pt", "photo.png", "--pixel", "0,0", "--out", "a.nothing"], r"--out a\.nothing: expected the name of a \.png"),
     (["compare", "dnl.pt", "--images", "0", "--out", "photo.png/a.png"], r"photo\.png/a\.png: cannot be written"),
-    (["curves", "x", "--width", "20"], r"--width 20: expected 200 or more")])
+    (["curves", "x", "--width", "20"], r"--width 20: expected 200 to 20000")])
 def test_wrong_input_is_one_clear_line(made, monkeypatch, argv, message):
     monkeypatch.chdir(made)
     for name, line in ("empty", '{"settings": {}}'), *((f"edited{i}", line) for i, line in enumerate(EDITED)):

@@ -133,3 +133,15 @@ def test_wrong_input_is_one_clear_line(tmp_path):
         noise.main([str(tmp_path / "none.pt")])
     with pytest.raises(data.InputError, match="--queries must be 1 or more"):
         noise.main(["x.pt", "--queries", "0"])
+
+
+def test_an_image_without_a_label_has_no_query(tmp_path, monkeypatch):
+    net, dataset = checkpoint(tmp_path / "c.pt"), data.open_dataset("synthetic", None, "val")
+    images = [(i, torch.from_numpy(image.transpose(2, 0, 1).copy()), torch.from_numpy(label))
+              for i, (image, label) in enumerate(map(data.scene, ("val", "val"), (0, 1)))]
+    options = dict(queries=4, seed=0, device=torch.device("cpu"))
+    monkeypatch.setattr(noise, "eval_images", lambda *a: [images[0]])
+    alone = noise.measure(net, dataset, **options)
+    monkeypatch.setattr(noise, "eval_images", lambda *a: [images[0], (1, images[1][1], torch.full_like(images[1][2], 255))])
+    for a, b in zip(alone, noise.measure(net, dataset, **options)):
+        assert torch.equal(a.nan_to_num(-1), b.nan_to_num(-1))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import data
 import dnl
 import train
 from data import InputError
@@ -204,6 +205,32 @@ def test_finished_runs_of_other_settings_are_refused(script):
     run(script, epochs=2)
     with pytest.raises(InputError, match="none-seed0: finished with other settings .epochs 2 -> 3.: repeat"):
         run(script, epochs=3)
+
+
+def test_finished_runs_on_another_data_set_are_refused(tmp_path, monkeypatch):
+    made_up(tmp_path, "none", 0, [0.1, 0.2], data="synthetic", images=512, classes=["a", "b"], class_weights=None)
+    first = tables.cells_of("ablation", tmp_path, [0], ["--epochs", "2", "--backbone", "resnet50", "--crop", "64", "--batch", "4"])[0]
+    with pytest.raises(InputError, match=r"finished with other settings \(classes .'a', 'b'. -> .'sky'"):
+        first.result()
+
+
+def test_class_weights_are_compared_by_value(tmp_path):
+    (tmp_path / "w.json").write_text(json.dumps({"classes": data.SYNTHETIC, "splits": {"train": {"weights": [0.5] * 8}}}))
+    flags = ["--epochs", "2", "--class-weights", str(tmp_path / "w.json")]
+    first = tables.cells_of("ablation", tmp_path, [0], flags)[0]
+    first.out.mkdir()
+    log = [{"settings": first.settings}, {"epoch": 1, "miou": 0.1}, {"epoch": 2, "miou": 0.2}]
+    (first.out / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
+    assert first.result()["miou"] == 0.2 and first.settings["class_weights"] == [0.5] * 8
+
+
+@pytest.mark.parametrize("text", ["x", "{}", "[1]", "null", '{"settings": {"epochs": 2}}\n{"epoch": 1}', '{"settings": {}}',
+                                  '{"settings": {"epochs": 2}}\n{"epoch": 2, "miou": "0.5"}', '{"settings": {"epochs": 2}}\n{"epoch": 2, "miou": NaN}'])
+def test_a_log_of_no_run_is_one_line(tmp_path, text):
+    (tmp_path / "log.jsonl").write_text(text)
+    with pytest.raises(InputError, match=r"log\.jsonl: not the log of a run") as e:
+        tables.Cell("dnl", 0, tmp_path, (), {}).result()
+    assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("visible, expected", [(None, {"0", "1"}), ("4,7", {"4", "7"}), ("5", {"5"})])
