@@ -105,7 +105,8 @@ def parser() -> Parser:
     g.add_argument("--context", default="dnl", help="dnl, nl, none, or MODULE:FACTORY of your own (%(default)s)")
     g.add_argument("--no-gr", action="store_true", help="without Global Rectifying")
     g.add_argument("--no-lr", action="store_true", help="without Local Retention")
-    g.add_argument("--weights", default="none", help="of the backbone: imagenet (downloaded), none, or a file of torchvision or train.py (%(default)s)")
+    g.add_argument("--weights", default="none", help="of the backbone: imagenet (downloaded), none, or a file of torchvision or train.py "
+                                                     "(%(default)s)")
     optimisation_flags(p)
     g = p.add_argument_group("machine")
     g.add_argument("--workers", type=int, default=2, help="processes that read images, per rank (%(default)s)")
@@ -222,8 +223,8 @@ def read_weights(path: str, classes: Sequence[str]) -> Tensor:
     except Exception as e:  # what is no such file can fail anywhere
         raise InputError(f"{show(path)}: no class weights ({type(e).__name__} {e}): expected what `data.py check --json` prints") from None
     if names != [*classes] or weights.shape != (len(classes),) or not ((weights > 0) & weights.isfinite()).all():
-        raise InputError(f"{show(path)}: class weights {tuple(weights.shape)} of other classes, or not above 0 and finite: run data.py check "
-                         "on this data set")
+        raise InputError(f"{show(path)}: class weights {tuple(weights.shape)} of other classes, or not above 0 and finite: run "
+                         "data.py check on this data set")
     return weights
 
 
@@ -404,7 +405,7 @@ def part_losses(run: Run, x: Tensor, y: Tensor, labelled: float) -> Tensor:
 
 def train_step(run: Run, batch: Sequence[Tensor], labelled: float) -> Tensor | None:
     """One step of SGD on this rank's images, labels and colour factors. With N ranks the gradient is that of one rank with the
-    whole batch. Returns this rank's share of the losses, on the device and not waited for; None for a step left out."""
+    whole batch (with --ohem, of the hard pixels of each part). Returns this rank's share of the losses, on the device and not waited for; None for a step left out."""
     args = run.args
     torch.manual_seed(step_seed(args.seed, run.step, run.rank))
     for group in run.optimizer.param_groups:
