@@ -139,6 +139,15 @@ def _windows(size: tuple[int, int], kernel: int) -> list[tuple[slice, slice]]:
     return [(slice(y, y + H), slice(x, x + W)) for y in range(kernel) for x in range(kernel)]
 
 
+def _frame(x: Tensor, r: int) -> Tensor:
+    """Zeros (B, C, H + 2r, W + 2r) for x (B, C, H, W), channels innermost where they are in x. F.pad does not see that of a batch
+    of one, and strides that differ cost ten times the sums."""
+    B, C, H, W = x.shape
+    if x.stride(1) == 1:
+        return x.new_zeros(B, H + 2 * r, W + 2 * r, C).permute(0, 3, 1, 2)
+    return x.new_zeros(B, C, H + 2 * r, W + 2 * r)
+
+
 class _Spread(torch.autograd.Function):
     """V~ by k*k shifted adds into one padded plane: no unfolded copy of V, no saved product."""
 
@@ -148,17 +157,20 @@ class _Spread(torch.autograd.Function):
         ctx.size, ctx.kernel = size, kernel
         (H, W), r = size, kernel // 2
         plane = v.unflatten(2, size)  # (B, C, H, W)
-        out = F.pad(plane, (r, r, r, r)).zero_()  # a copy, in v's memory format
+        out = _frame(plane, r)
         for d, (y, x) in enumerate(_windows(size, kernel)):
             out[:, :, y, x].addcmul_(s[:, d, None].unflatten(2, size), plane)
-        return out[:, :, r:r + H, r:r + W].flatten(2)  # (B, C, N)
+        spread = torch.empty_like(v)  # (B, C, N); to flatten `out` would put the pixels innermost
+        spread.unflatten(2, size).copy_(out[:, :, r:r + H, r:r + W])
+        return spread
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         v, s = ctx.saved_tensors
-        r, plane = ctx.kernel // 2, v.unflatten(2, ctx.size)
-        padded = F.pad(grad.unflatten(2, ctx.size), (r, r, r, r))
+        (H, W), r, plane = ctx.size, ctx.kernel // 2, v.unflatten(2, ctx.size)
+        padded = _frame(plane, r)
+        padded[:, :, r:r + H, r:r + W] = grad.unflatten(2, ctx.size)
         grad_v, grad_s = torch.zeros_like(plane), torch.empty_like(s)
         for d, (y, x) in enumerate(_windows(ctx.size, ctx.kernel)):
             grad_v.addcmul_(s[:, d, None].unflatten(2, ctx.size), padded[:, :, y, x])
@@ -190,7 +202,7 @@ class _RectifiedAttention(torch.autograd.Function):
     def backward(ctx, grad):
         inputs = ctx.saved_tensors
         q, k, p, v = _operands(*inputs)
-        gq, gk, gp, gv = (None if x is None else torch.zeros_like(x, dtype=q.dtype) for x in (q, k, p, v))
+        gq, gk, gp, gv = (None if x is None else q.new_zeros(x.shape) for x in (q, k, p, v))
         grad = grad.to(v.dtype)
         with no_autocast(q):
             maps = _buffers(q, p, ctx.chunk)

@@ -164,6 +164,19 @@ def test_spreading_values_is_the_adjoint_of_local_retention(kernel):
     assert gap([left], [(a * dnl.spread_values(v, s, (4, 5), kernel)).sum((1, 2))]) < 1e-12
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_memory_format_does_not_change_the_result(batch):
+    """Channels innermost, as in a network that runs in channels_last: the same bits, and V~ is laid out as V is."""
+    q, k, v, p = (x.detach() for x in qkvp((5, 6), batch))
+    last = [x.mT.contiguous().mT.requires_grad_() for x in (q, k, v, p)]
+    plain = [x.clone().requires_grad_() for x in (q, k, v, p)]
+    s = torch.rand(batch, 9, 30, dtype=torch.double)
+    assert dnl.spread_values(last[2], s, (5, 6)).stride(1) == 1 and dnl.spread_values(plain[2], s, (5, 6)).stride(2) == 1
+    assert torch.equal(dnl.spread_values(last[2], s, (5, 6)), dnl.spread_values(plain[2], s, (5, 6)))
+    a, b = (denoised_attention(*inputs, (5, 6), chunk=7) for inputs in (last, plain))
+    assert gap([a], [b]) < 1e-13 and gap(grads(a, last), grads(b, plain)) < 1e-13
+
+
 @pytest.mark.parametrize("kernel", [0, 3])
 def test_chosen_queries_are_rows_of_the_whole_map(kernel):
     q, k, _, p = qkvp((5, 4))

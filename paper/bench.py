@@ -121,11 +121,11 @@ def routes(size: tuple[int, int], names: Sequence[str]) -> dict[str, Callable[..
 
 def block_rows(size: tuple[int, int], names: Sequence[str], runs: int, device: torch.device, dtype: torch.dtype,
                channels: int = CHANNELS, classes: int = CLASSES) -> list[dict[str, Any]]:
-    """Rows (module docstring) of the routes on drawn Q, K, V, P at batch 1."""
+    """Rows (module docstring) of the routes on drawn Q, K, V, P at batch 1, channels innermost, as the network hands them."""
     N = size[0] * size[1]
     widths = (channels // 8, channels // 8, channels, classes, channels)
     draw = torch.Generator().manual_seed(0)
-    q, k, v, p, grad = (torch.randn(1, c, N, generator=draw).to(device, dtype) for c in widths)
+    q, k, v, p, grad = (torch.randn(1, N, c, generator=draw).to(device, dtype).mT for c in widths)
     inputs = [x.requires_grad_() for x in (q / 4, k / 4, v, p)]  # logits of deviation 0.5 sqrt(C'/64)
 
     def forward(route: Callable[..., Tensor]) -> list[Tensor]:
