@@ -372,13 +372,12 @@ def _missing(name: str, root: Path, folder: Path) -> InputError:
 
 def _walk(top: Path, ends: tuple[str, ...], inside: Path | None) -> dict[str, Path]:
     """Files beneath top with one of the endings, by relative name without the ending; hidden files are left out.
-    With `inside`, a real path, nothing may lead out of it by a link, and folders may not be links. A folder is looked at once."""
-    found, seen = {}, set()
+    With `inside`, a real path, nothing may lead out of it by a link, and folders may not be links. A folder is not looked for in itself."""
+    found = {}
     for here, folders, files in os.walk(top, onerror=_raise, followlinks=inside is None):
-        if os.path.realpath(here) in seen:
+        if os.path.realpath(here) in map(os.path.realpath, Path(here).parents):
             folders.clear()
             continue
-        seen.add(os.path.realpath(here))
         links = [p for p in (Path(here, n) for n in (*folders, *files)) if p.is_symlink()] if inside else []
         for path in [top, *links] if inside else ():
             if path in links and path.is_dir() or not Path(os.path.realpath(path)).is_relative_to(inside):
@@ -843,20 +842,21 @@ class Parser(argparse.ArgumentParser):
 REASONS = {  # in the text of an error that is not of the program: what to do
     "DataLoader worker": "a process that reads images was killed, probably out of memory: lower --workers, or enlarge /dev/shm",
     "process pool": "a process that reads images was killed, probably out of memory: lower --workers",
+    "Connection reset by peer": "another rank is gone: its own line, or the kernel's, says why",
     "Connection closed by peer": "another rank is gone: its own line says why",
     "out of memory": "out of memory: lower --batch (train.py), or give --crop (the others)",  # a GPU's
     "allocate memory": "out of memory: lower --batch (train.py), or give --crop (the others)"}  # a CPU's
 
 
-def run_script(main: Callable[[], int | None]) -> None:
-    """Run a script's main. Wrong input becomes one line on standard error and exit status 2; what the machine lacks, 1; Ctrl-C 130."""
+def run_script(main: Callable[[], int | None], needs_output: bool = True) -> None:
+    """Run a script's main, whose standard output is its result if needs_output. Wrong input becomes one line on standard error and exit status 2; what the machine lacks, 1; Ctrl-C 130."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that cannot be printed ends nothing
     status, line = 1, ""
     try:
         status = main()
-        if sys.stdout is not None:
+        if needs_output and sys.stdout is not None:
             sys.stdout.flush()
     except InputError as e:
         status, line = 2, str(e)
@@ -867,8 +867,15 @@ def run_script(main: Callable[[], int | None]) -> None:
         line = next((reason for part, reason in REASONS.items() if part in text), text * isinstance(e, OSError))
         if not line:
             raise
+        status = 1
     if line:
         tell(f"{Path(sys.argv[0]).name}: {show(line)}", error=True)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:  # what is left would be tried again at the exit, and make its status 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(status)
 
 

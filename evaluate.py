@@ -34,7 +34,7 @@ import dnl
 from data import IGNORE, SETTINGS, DataSet, InputError, Parser, eval_images, normalize, on_terminal, open_dataset, run_script, show, tell
 
 VERSION = 1  # of the checkpoint's layout
-NOT_FINITE = "the network's output is not finite: try --amp off; where it stays so, its weights are spoiled: train again"
+NOT_FINITE = "the network's output is not finite: try --amp off; where it stays so, its weights are spoiled: train again, at a lower --lr"
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # ------------------------------------------------------------------------------------------------------- metrics
@@ -138,7 +138,7 @@ def evaluate(net: nn.Module, dataset: DataSet, *, device: torch.device, rank: in
     with together(rank), torch.backends.cudnn.flags(enabled=True, deterministic=True):  # the same kernels whoever calls, on any rank
         for index, image, label in eval_images(dataset, rank, world, workers):
             probabilities = predict(net, image.to(device, non_blocking=True), **options)
-            finite[index] = probabilities[0].isfinite().all()  # one class tells of all; looked at last, so that no GPU is waited for
+            finite[index] = probabilities[0].isfinite().all()  # softmax spreads nan over the classes; looked at last, so that no GPU is waited for
             matrix += confusion(probabilities.argmax(0), label.to(device, non_blocking=True), n)
             progress(index + 1, len(dataset))
         for index, fine in finite.items():
@@ -182,8 +182,9 @@ def distributed(timeout: timedelta = timedelta(minutes=10)) -> Iterator[tuple[in
     """(rank, world, device) from torchrun's environment, or (0, 1, device) without it. The process group (nccl for GPU
     tensors, gloo for CPU ones) lives exactly as long as the block; a rank that waits so long for another gives up."""
     rank, world, local = (from_environment(k, d) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    if not (0 <= rank < world and 0 <= local) or world > 1 and "MASTER_ADDR" not in os.environ:
-        raise InputError(f"RANK {rank}, LOCAL_RANK {local}, WORLD_SIZE {world} in the environment are not torchrun's: unset them, or "
+    if not (0 <= rank < world and 0 <= local) or world > 1 and (
+            "MASTER_ADDR" not in os.environ or not 0 < from_environment("MASTER_PORT", 0) < 65536):
+        raise InputError(f"RANK {rank}, LOCAL_RANK {local}, WORLD_SIZE {world}, MASTER_ADDR or MASTER_PORT in the environment are not torchrun's: unset them, or "
                          "start by torchrun")
     gpu = torch.cuda.is_available()
     if gpu and local >= torch.cuda.device_count():
@@ -194,7 +195,7 @@ def distributed(timeout: timedelta = timedelta(minutes=10)) -> Iterator[tuple[in
     if world > 1:
         store = next(dist.rendezvous("env://"))[0]
         if os.environ.get("GROUP_WORLD_SIZE") == "1":  # one node, where the ranks' counts of restarts agree: after one, torchrun's
-            store = dist.PrefixStore(f"restart{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)  # store still has dead addresses
+            store = dist.PrefixStore(f"restart{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # store still has dead addresses
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", store=store, rank=rank, world_size=world,
                                 timeout=timeout)
     try:
@@ -378,10 +379,11 @@ def fit(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
 
 
 def sheet(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], classes: Sequence[str],
-          colors: Sequence[tuple[int, int, int]], width: int = 320) -> Image.Image:
-    """Rows of pictures under titles, each `width` wide (and at most 4 times as high), and below them a legend of the classes."""
+          colors: Sequence[tuple[int, int, int]], width: int = 320,
+          tallest: float = 4) -> Image.Image:
+    """Rows of pictures under titles, each `width` wide and at most `tallest` times as high (squeezed beyond), and below them a legend of the classes."""
     font, gap, line = load_font(14), 6, 22
-    rows = [[im.convert("RGB").resize((width, max(1, min(4 * width, round(im.height * width / im.width)))),
+    rows = [[im.convert("RGB").resize((width, max(1, min(round(tallest * width), round(im.height * width / im.width)))),
                                       Image.Resampling.NEAREST if im.mode == "P" else Image.Resampling.BILINEAR)
              for im in row] for row in rows]
     across = len(titles) * (width + gap) + gap

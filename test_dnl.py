@@ -342,6 +342,7 @@ def test_a_network_exports_and_the_program_is_the_network(config, tmp_path):
     """With free batch, height and width, saved and loaded again: any number of images from 17 pixels a side up."""
     net, Dim = opened(build(replace(config, **SMALL | {"channels": 32}))).eval(), torch.export.Dim
     free = {0: Dim("batch"), 2: Dim("height", min=17), 3: Dim("width", min=17)}
+    net.to(memory_format=torch.channels_last).to(memory_format=torch.contiguous_format)  # as README says of a trained one
     program = torch.export.export(net, (torch.randn(2, 3, 64, 96),), dynamic_shapes=(free,))
     torch.export.save(program, tmp_path / "net.pt2")
     program = torch.export.load(tmp_path / "net.pt2").module()
@@ -2111,9 +2112,11 @@ def test_exit_status_and_one_line(street, tmp_path):
 
 @pytest.mark.parametrize("environment, words", [
     ({"RANK": "a"}, "RANK='a'"), ({"WORLD_SIZE": "2"}, "start by torchrun"), ({"WORLD_SIZE": "-1"}, "WORLD_SIZE -1"),
+    ({"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, "start by torchrun"),
+    ({"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "abc"}, "MASTER_PORT='abc'"),
     ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, "RANK 2")], ids=str)
 def test_an_environment_that_is_not_torchruns(monkeypatch, environment, words):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -2122,12 +2125,14 @@ def test_an_environment_that_is_not_torchruns(monkeypatch, environment, words):
             pass
 
 
-def test_output_that_cannot_be_written_is_no_traceback(run_folder, tmp_path):
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_output_that_cannot_be_written_is_no_traceback(run_folder, monkeypatch, buffered):
     """A full disk behind standard output: status 1 and a line; a closed standard error: nobody hears, the result is the same."""
     command = [sys.executable, str(HERE / "evaluate.py"), str(run_folder / "best.pt")]
+    monkeypatch.setenv("PYTHONUNBUFFERED", buffered)  # empty: as if unset, the usual case
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=100)
-    assert done.returncode == 1 and done.stderr.splitlines()[0] == "evaluate.py: [Errno 28] No space left on device", done.stderr
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and done.stderr.splitlines()[0] == "evaluate.py: [Errno 28] No space left on device", done.stderr
     done = subprocess.run(f"{shlex.join(command)} --json 2>&-", shell=True, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0 and "miou" in json.loads(done.stdout.splitlines()[-1])
 
@@ -2514,6 +2519,8 @@ def test_beyond_the_paper(street, tmp_path):
     ema = torch.load(tmp_path / "r" / "ema.pt", weights_only=True)
     assert not torch.equal(ema["model"]["head.4.weight"], torch.load(tmp_path / "r" / "last.pt", weights_only=True)["model"]["head.4.weight"])
     assert evaluate.main([str(tmp_path / "r" / "ema.pt")]) == 0
+    with pytest.raises(InputError, match="averaged True -> None"):  # its momenta are of other weights
+        trained(tmp_path / "s", street, "--resume", tmp_path / "r" / "ema.pt")
 
 
 def test_ema_is_the_average():
@@ -2615,17 +2622,18 @@ def test_killed_while_validating_repeats_only_that(street, tmp_path, monkeypatch
 
     def dying(*args, **kwargs):
         calls.append(args[0].training)
-        if len(calls) in (1, 3):
+        if len(calls) in (1, 2, 4):
             raise KeyboardInterrupt
         return evaluation(*args, **kwargs)
 
     monkeypatch.setattr(train, "evaluate", dying)
-    for step in (3, 6):
+    for step in (3, 3, 6):
         with pytest.raises(KeyboardInterrupt):
             trained(tmp_path / "r", street)
+        assert (tmp_path / "r" / "last.prev.pt").exists() == (step == 6)  # a repetition leaves the checkpoint before where it is
         saved = evaluate.read_checkpoint(tmp_path / "r" / "last.pt")
         assert saved["step"] == step and len(saved["history"]) == step // 3 - 1
-    assert trained(tmp_path / "r", street) == 0 and len(calls) == 4
+    assert trained(tmp_path / "r", street) == 0 and len(calls) == 5
     assert same_run(tmp_path / "whole", tmp_path / "r")
 
 
@@ -2730,6 +2738,27 @@ def test_nobody_listens(street, tmp_path, monkeypatch, stub):
         with contextlib.suppress(OSError):
             full.close()
     assert same_run(tmp_path / "whole", tmp_path / "r")
+
+
+def test_a_context_may_have_a_vector_named_gamma(street, tmp_path, monkeypatch):
+    (tmp_path / "layer_scale.py").write_text("""import torch
+class Scale(torch.nn.Module):
+    def __init__(self, channels, num_classes):
+        super().__init__()
+        self.gamma = torch.nn.Parameter(torch.ones(channels, 1, 1))
+    def forward(self, x):
+        return x * self.gamma
+""")
+    monkeypatch.chdir(tmp_path)
+    assert trained(tmp_path / "r", street, "--context", "layer_scale:Scale") == 0
+
+
+def test_training_on_a_full_disk_behind_its_output_keeps_its_status(street, tmp_path, monkeypatch):
+    """A process of its own, its output buffered: the interpreter's last flush must not change the status."""
+    monkeypatch.setenv("PYTHONUNBUFFERED", "")
+    command = [sys.executable, HERE / "train.py", *TINY, "--root", street, "--out", tmp_path / "r"]
+    with open("/dev/full", "w") as full:
+        assert subprocess.run([*map(str, command)], stdout=full, stderr=full, timeout=100).returncode == 0
 
 
 def test_two_trainings_in_one_folder(street, tmp_path, stub):

@@ -674,7 +674,7 @@ def say(run: Run, loss: str, speed: float) -> None:
         tell(line)
 
 
-def end_epoch(run: Run, draw: Callable[..., None]) -> None:
+def end_epoch(run: Run, draw: Callable[..., None], saved: bool = False) -> None:
     """Validate (every --eval-every epochs, and the last), append the epoch's line to the history, save. Saved before validating
     too, which may take long: after a kill or a signal meanwhile, validation alone is repeated."""
     epoch, names = run.step // run.per_epoch, ("loss", "loss_res2", "loss_res3", "loss_p")
@@ -683,7 +683,8 @@ def end_epoch(run: Run, draw: Callable[..., None]) -> None:
     line = {"epoch": epoch, "step": run.step, "lr": run.lr, "skipped": run.skipped,
             **dict(zip(names, means)), "miou": None}
     if epoch % run.args.eval_every == 0 or epoch == run.args.epochs:
-        save(run)
+        if not saved:  # once more would put it in the place of the checkpoint before, which may be the last good one
+            save(run)
         result = validate(run, run.net)
         line |= result | {"iou": dict(zip(run.data.classes, result["iou"]))}
         if run.ema is not None:
@@ -696,8 +697,9 @@ def end_epoch(run: Run, draw: Callable[..., None]) -> None:
         tell("\n" * on_terminal(sys.stdout) + f"epoch {epoch}/{run.args.epochs}  val mIoU {line['miou']}  accuracy {line['accuracy']}"
              + (f"  of the averaged weights mIoU {line['ema_miou']}" if run.ema is not None else "")
              + "; no pixel of the validation split is labelled" * (line["miou"] is None))
+    gamma = getattr(run.net.context, "gamma", None)  # a context of one's own may have another
     values = line | {f"iou/{name}": iou for name, iou in line.get("iou", {}).items()} | {
-        "gamma": run.net.context.gamma.item() if hasattr(run.net.context, "gamma") else None}
+        "gamma": gamma.item() if isinstance(gamma, Tensor) and gamma.numel() == 1 else None}
     draw(values, None if line["miou"] is None else partial(val_sheet, run))
 
 
@@ -764,7 +766,7 @@ def train(run: Run) -> None:
     set_mode(run.net, args.freeze_bn)
     with stop_signals() as run.caught, closing(batches), open_board(run) as draw:
         if run.step == (len(run.history) + 1) * run.per_epoch:  # stopped while validating
-            end_epoch(run, draw)
+            end_epoch(run, draw, saved=True)
         start, first = time.monotonic(), run.step
         for batch in results(batches):
             labelled, signals, again = agree(run, batch, len(run.caught), run.unsaved and run.step % args.log_every == 0)
@@ -869,4 +871,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, needs_output=False)
