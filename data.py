@@ -372,10 +372,12 @@ def _missing(name: str, root: Path, folder: Path) -> InputError:
 
 def _walk(top: Path, ends: tuple[str, ...], inside: Path | None) -> dict[str, Path]:
     """Files beneath top with one of the endings, by relative name without the ending; hidden files are left out.
-    With `inside`, a real path, nothing may lead out of it by a link, and folders may not be links. A folder is not looked for in itself."""
+    With `inside`, a real path, nothing may lead out of it by a link, and folders may not be links. A folder that links to one it lies in
+    is not followed round."""
     found = {}
     for here, folders, files in os.walk(top, onerror=_raise, followlinks=inside is None):
-        if os.path.realpath(here) in map(os.path.realpath, Path(here).parents):
+        above = Path(here).relative_to(top).parents
+        if os.path.realpath(here) in (os.path.realpath(top / p) for p in above):
             folders.clear()
             continue
         links = [p for p in (Path(here, n) for n in (*folders, *files)) if p.is_symlink()] if inside else []
@@ -842,14 +844,14 @@ class Parser(argparse.ArgumentParser):
 REASONS = {  # in the text of an error that is not of the program: what to do
     "DataLoader worker": "a process that reads images was killed, probably out of memory: lower --workers, or enlarge /dev/shm",
     "process pool": "a process that reads images was killed, probably out of memory: lower --workers",
-    "Connection reset by peer": "another rank is gone: its own line, or the kernel's, says why",
-    "Connection closed by peer": "another rank is gone: its own line says why",
+    "by peer": "another rank is gone: its own line says why, or it was killed",  # gloo: closed, or reset
     "out of memory": "out of memory: lower --batch (train.py), or give --crop (the others)",  # a GPU's
     "allocate memory": "out of memory: lower --batch (train.py), or give --crop (the others)"}  # a CPU's
 
 
 def run_script(main: Callable[[], int | None], needs_output: bool = True) -> None:
-    """Run a script's main, whose standard output is its result if needs_output. Wrong input becomes one line on standard error and exit status 2; what the machine lacks, 1; Ctrl-C 130."""
+    """Run a script's main. Wrong input becomes one line on standard error and exit status 2; what the machine lacks, 1, and so
+    does an output that is lost, if the script is for its output; Ctrl-C 130."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that cannot be printed ends nothing

@@ -153,6 +153,7 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, v, s, size, kernel):
+        """V~ (B, C, N) of V (B, C, N) and S_l (B, k*k, N), N the pixels of size (H, W)."""
         ctx.save_for_backward(v, s)
         ctx.size, ctx.kernel = size, kernel
         (H, W), r = size, kernel // 2
@@ -167,6 +168,7 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
+        """The gradients of V and S_l, in their shapes, from that of V~ (B, C, N)."""
         v, s = ctx.saved_tensors
         (H, W), r, plane = ctx.size, ctx.kernel // 2, v.unflatten(2, ctx.size)
         padded = _frame(plane, r)
@@ -183,6 +185,7 @@ class _RectifiedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, p, chunk):
+        """A'V (B, C, N) of Q, K (B, C', N), V (B, C, N) and P (B, n, N) or None; chunk: queries at a time, 0 for all."""
         ctx.save_for_backward(q, k, v, p)
         ctx.chunk = chunk
         B, C, N = v.shape
@@ -200,6 +203,7 @@ class _RectifiedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
+        """The gradients of Q, K, V and P, in their shapes and types, from that of A'V (B, C, N)."""
         inputs = ctx.saved_tensors
         q, k, p, v = _operands(*inputs)
         gq, gk, gp, gv = (None if x is None else q.new_zeros(x.shape) for x in (q, k, p, v))

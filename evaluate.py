@@ -138,7 +138,7 @@ def evaluate(net: nn.Module, dataset: DataSet, *, device: torch.device, rank: in
     with together(rank), torch.backends.cudnn.flags(enabled=True, deterministic=True):  # the same kernels whoever calls, on any rank
         for index, image, label in eval_images(dataset, rank, world, workers):
             probabilities = predict(net, image.to(device, non_blocking=True), **options)
-            finite[index] = probabilities[0].isfinite().all()  # softmax spreads nan over the classes; looked at last, so that no GPU is waited for
+            finite[index] = probabilities[0].isfinite().all()  # nan in one class is in all; looked at last: no GPU is waited for
             matrix += confusion(probabilities.argmax(0), label.to(device, non_blocking=True), n)
             progress(index + 1, len(dataset))
         for index, fine in finite.items():
@@ -184,8 +184,8 @@ def distributed(timeout: timedelta = timedelta(minutes=10)) -> Iterator[tuple[in
     rank, world, local = (from_environment(k, d) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if not (0 <= rank < world and 0 <= local) or world > 1 and (
             "MASTER_ADDR" not in os.environ or not 0 < from_environment("MASTER_PORT", 0) < 65536):
-        raise InputError(f"RANK {rank}, LOCAL_RANK {local}, WORLD_SIZE {world}, MASTER_ADDR or MASTER_PORT in the environment are not torchrun's: unset them, or "
-                         "start by torchrun")
+        raise InputError(f"RANK {rank}, LOCAL_RANK {local}, WORLD_SIZE {world}, MASTER_ADDR or MASTER_PORT in the environment are not "
+                         "torchrun's: unset them, or start by torchrun")
     gpu = torch.cuda.is_available()
     if gpu and local >= torch.cuda.device_count():
         raise InputError(f"local rank {local} has no GPU, the machine has {torch.cuda.device_count()}: lower --nproc-per-node")
@@ -379,11 +379,11 @@ def fit(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
 
 
 def sheet(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], classes: Sequence[str],
-          colors: Sequence[tuple[int, int, int]], width: int = 320,
-          tallest: float = 4) -> Image.Image:
-    """Rows of pictures under titles, each `width` wide and at most `tallest` times as high (squeezed beyond), and below them a legend of the classes."""
+          colors: Sequence[tuple[int, int, int]], width: int = 320) -> Image.Image:
+    """Rows of pictures under titles, and below them a legend of the classes. Each picture is `width` wide; one that would be
+    higher than 4 times that, and than 2048 pixels, is squeezed."""
     font, gap, line = load_font(14), 6, 22
-    rows = [[im.convert("RGB").resize((width, max(1, min(round(tallest * width), round(im.height * width / im.width)))),
+    rows = [[im.convert("RGB").resize((width, max(1, min(max(4 * width, 2048), round(im.height * width / im.width)))),
                                       Image.Resampling.NEAREST if im.mode == "P" else Image.Resampling.BILINEAR)
              for im in row] for row in rows]
     across = len(titles) * (width + gap) + gap

@@ -78,7 +78,7 @@ def predict_ids(net: nn.Module, image: Tensor, source: str, *, device: torch.dev
     for seen, kept in tiles(size, side):
         inner = tuple(slice(k.start - s.start, k.stop - s.start) for s, k in zip(seen, kept))
         p = predict(net, image[:, *seen].to(device), **options)[:, *inner]  # (n, h, w)
-        if not p[0].isfinite().all():  # softmax spreads nan over the classes
+        if not p[0].isfinite().all():  # nan in one class is in all
             raise InputError(f"{source}: {NOT_FINITE}")
         ids[kept] = p.argmax(0).byte().cpu().numpy()
         confidence[kept] = (p.amax(0) * 255).round().byte().cpu().numpy()
@@ -97,7 +97,7 @@ def overlay(image: Tensor, title: str, ids: np.ndarray, checkpoint: dict[str, An
     padded = Image.new("RGB", (max(320, photo.width), photo.height), "white")  # room for title and legend
     padded.paste(Image.blend(photo, mask, 0.5))
     legend = ([checkpoint[key][i] for i in np.unique(ids)] for key in ("classes", "colors"))
-    return sheet([[padded]], [title], *legend, padded.width, tallest=2048)
+    return sheet([[padded]], [title], *legend, padded.width)
 
 
 def heat(x: np.ndarray) -> np.ndarray:

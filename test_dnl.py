@@ -27,6 +27,7 @@ from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
 from dataclasses import asdict, replace
 from datetime import timedelta
+from functools import wraps
 from pathlib import Path
 
 import numpy as np
@@ -1047,12 +1048,20 @@ def test_full_ade20k_is_recognised(tmp_path, sign, capsys):
     assert "full ADE20K" in line and "ADEChallengeData2016.zip" in line and str(tmp_path) in line
 
 
-def test_a_folder_that_links_to_itself_is_looked_at_once(cityscapes):
-    before = [item.files for item in data.open_dataset("cityscapes", cityscapes, "train").items]
+def test_linked_folders(cityscapes, tmp_path):
+    """One that links to a folder it lies in adds nothing; two links to one folder are two names of it, in whatever order the system
+    lists them; and --root may be spelt by a way through the folders themselves."""
+    root = shutil.copytree(cityscapes, tmp_path / "c")
+    before = [item.files for item in data.open_dataset("cityscapes", root, "train").items]
     for top in ("leftImg8bit/train", "gtFine/train"):
         for name in ("again", "and_again"):
-            (cityscapes / top / name).symlink_to(cityscapes / top)
-    assert [item.files for item in data.open_dataset("cityscapes", cityscapes, "train").items] == before
+            (root / top / name).symlink_to(root / top)
+    assert [item.files for item in data.open_dataset("cityscapes", root, "train").items] == before
+    for top, order in (("leftImg8bit/train", 1), ("gtFine/train", -1)):
+        for name in ("one", "two")[::order]:
+            (root / top / name).symlink_to("ulm")
+    for way in (root, root / "leftImg8bit" / "train" / ".." / ".."):
+        assert len(data.open_dataset("cityscapes", way, "train").items) == 3 * len(before)
 
 
 def test_root_one_level_off(ade20k):
@@ -2132,7 +2141,7 @@ def test_output_that_cannot_be_written_is_no_traceback(run_folder, monkeypatch, 
     monkeypatch.setenv("PYTHONUNBUFFERED", buffered)  # empty: as if unset, the usual case
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=100)
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and done.stderr.splitlines()[0] == "evaluate.py: [Errno 28] No space left on device", done.stderr
+    assert done.returncode == 1 and done.stderr == "evaluate.py: [Errno 28] No space left on device\n", done.stderr
     done = subprocess.run(f"{shlex.join(command)} --json 2>&-", shell=True, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0 and "miou" in json.loads(done.stdout.splitlines()[-1])
 
@@ -2862,6 +2871,23 @@ def test_a_rank_gives_up_one_that_hangs(tmp_path):
     assert ended[0] not in (0, None) and ended[1] is None
 
 
+@pytest.mark.parametrize("where", ["agree", "train_step", "mean_in_rank_order", "validate"])
+def test_a_rank_that_is_killed_is_a_line_on_the_other(where, street, tmp_path, monkeypatch, stub):
+    """By the kernel, for want of memory: no traceback, no waiting."""
+    function = getattr(train, where)
+
+    @wraps(function)  # DDP looks at its hook's signature
+    def killed(*args, **kwargs):
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(train, where, killed)
+    status, text = ranks(2, train.main, *TINY, "--root", street, "--out", tmp_path / "r", said=tmp_path / "said")
+    assert status == [1, -signal.SIGKILL] and text[0].splitlines()[-1].endswith("another rank is gone: its own line says why, or it was killed")
+    assert "Traceback" not in text[0]
+
+
 def test_other_images_of_the_same_number_are_other_settings(run_folder, street, tmp_path):
     root = tmp_path / "street"
     shutil.copytree(street, root)
@@ -3034,6 +3060,15 @@ def test_mask_overlay_confidence(checkpoint, photo, tmp_path):
     half = (blocks(40, 56).astype(int) + np.array(saved["colors"])[np.array(mask)]) / 2
     found = any(np.abs(over[y:y + 40, x:x + 56] - half).max() <= 1 for y in range(30) for x in range(12))
     assert found and over.shape[0] > 60  # the picture as it is, and a legend
+
+
+def test_an_overlay_keeps_the_shape_of_a_tall_photograph():
+    """What is as high as 2048 pixels is not squeezed: the lowest row of the picture is the lowest of the photograph."""
+    image, ids = torch.zeros(1900, 300, 3, dtype=torch.uint8), np.zeros((1900, 300), np.uint8)
+    image[-1] = 250
+    picture = np.asarray(predict.overlay(image, "t", ids, {"classes": ["a"], "colors": [[0, 0, 0]]})).astype(int)
+    bright, = (picture[:, 100] == 125).all(1).nonzero()
+    assert len(bright) == 1 and (picture[bright[0] - 1899:bright[0], 100] == 0).all()
 
 
 def test_exif_is_honoured(checkpoint, photo, tmp_path):

@@ -405,7 +405,8 @@ def part_losses(run: Run, x: Tensor, y: Tensor, labelled: float) -> Tensor:
 
 def train_step(run: Run, batch: Sequence[Tensor], labelled: float) -> Tensor | None:
     """One step of SGD on this rank's images, labels and colour factors. With N ranks the gradient is that of one rank with the
-    whole batch (with --ohem, of the hard pixels of each part). Returns this rank's share of the losses, on the device and not waited for; None for a step left out."""
+    whole batch (with --ohem, of the hard pixels of each part). Returns this rank's share of the losses, on the device and not waited
+    for; None for a step left out."""
     args = run.args
     torch.manual_seed(step_seed(args.seed, run.step, run.rank))
     for group in run.optimizer.param_groups:
@@ -676,7 +677,7 @@ def say(run: Run, loss: str, speed: float) -> None:
 
 def end_epoch(run: Run, draw: Callable[..., None], saved: bool = False) -> None:
     """Validate (every --eval-every epochs, and the last), append the epoch's line to the history, save. Saved before validating
-    too, which may take long: after a kill or a signal meanwhile, validation alone is repeated."""
+    too, which may take long: after a kill or a signal meanwhile, validation alone is repeated. saved: that this has been done."""
     epoch, names = run.step // run.per_epoch, ("loss", "loss_res2", "loss_res3", "loss_p")
     steps = run.per_epoch - run.skipped + (run.history[-1]["skipped"] if run.history else 0)
     means = [total / steps if steps else None for total in over_ranks(run, run.sums.tolist())]

@@ -252,8 +252,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = main.parse_args(argv)
     if not 200 <= args.width <= 20000:
         raise InputError(f"--width {args.width}: expected 200 to 20000")
-    if args.figure in ("compare", "region") and args.width < 40 * (len(args.checkpoints) + 2):
-        raise InputError(f"--width {args.width}: too narrow for {len(args.checkpoints)} checkpoints; expected {40 * (len(args.checkpoints) + 2)} or more")
+    least = 40 * (len(args.checkpoints) + 2) if args.figure in ("compare", "region") else 0
+    if args.width < least:
+        raise InputError(f"--width {args.width}: too narrow for {len(args.checkpoints)} checkpoints; expected {least} or more")
     if args.figure == "attention" and args.seed < 0:
         raise InputError(f"--seed {args.seed}: expected 0 or more")
     if not args.out.lower().endswith(".png"):
