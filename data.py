@@ -58,7 +58,19 @@ def tell(text: str, error: bool = False, end: str = "\n") -> None:
         if stream is not None:  # which print would take for standard output
             print(text, file=stream, end=end, flush=True)
     except OSError:
-        pass
+        forget(stream)
+
+
+def forget(stream: TextIO) -> None:
+    """Drop what a stream could not write: else each flush would fail on it, that of a starting process of the loader too, and that
+    of the exit, which makes the status 120."""
+    fd, null = stream.fileno(), os.open(os.devnull, os.O_WRONLY)
+    kept = os.dup(fd)
+    os.dup2(null, fd)
+    stream.flush()
+    os.dup2(kept, fd)
+    os.close(kept)
+    os.close(null)
 
 
 def on_terminal(stream: TextIO | None) -> bool:
@@ -876,8 +888,8 @@ def run_script(main: Callable[[], int | None], needs_output: bool = True) -> Non
         try:
             if stream is not None:
                 stream.flush()
-        except OSError:  # what is left would be tried again at the exit, and make its status 120
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except OSError:
+            forget(stream)
     sys.exit(status)
 
 

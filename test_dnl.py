@@ -2763,11 +2763,12 @@ class Scale(torch.nn.Module):
 
 
 def test_training_on_a_full_disk_behind_its_output_keeps_its_status(street, tmp_path, monkeypatch):
-    """A process of its own, its output buffered: the interpreter's last flush must not change the status."""
+    """A process of its own, its output buffered: neither a loader's start, which flushes, nor the interpreter's end is the worse for it."""
     monkeypatch.setenv("PYTHONUNBUFFERED", "")
-    command = [sys.executable, HERE / "train.py", *TINY, "--root", street, "--out", tmp_path / "r"]
+    command = [sys.executable, HERE / "train.py", *TINY, "--root", street, "--out", tmp_path / "r", "--workers", 1]
     with open("/dev/full", "w") as full:
         assert subprocess.run([*map(str, command)], stdout=full, stderr=full, timeout=100).returncode == 0
+    assert trained(tmp_path / "heard", street) == 0 and same_run(tmp_path / "r", tmp_path / "heard")
 
 
 def test_two_trainings_in_one_folder(street, tmp_path, stub):
