@@ -12,11 +12,9 @@ Layouts beneath --root:
     synthetic   none: scenes made in memory
 """
 
-import argparse
 import colorsys
 import fcntl
 import hashlib
-import io
 import json
 import math
 import os
@@ -32,7 +30,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TextIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -40,64 +38,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from runtime import GROUP_SIGNALS, InputError, Parser, on_terminal, run_script, show, tell, write
+
 IGNORE = 255
 SPLITS = ("train", "val", "trainval", "test")
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet, 0..255
 PAD = (124, 116, 104)  # MEAN, rounded: close to 0 once normalized
-GROUP_SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-
-
-class InputError(ValueError):
-    """Unusable input, as one line: the file, what was got, what was expected and how to mend it."""
-
-
-def tell(text: str, error: bool = False, end: str = "\n") -> None:
-    """Print to standard output, or error, where anybody listens: a closed pipe or a full disk behind it stops nothing."""
-    stream = sys.stderr if error else sys.stdout
-    try:
-        if stream is not None:  # which print would take for standard output
-            print(text, file=stream, end=end, flush=True)
-    except OSError:
-        forget(stream)
-
-
-def forget(stream: TextIO) -> None:
-    """Drop what a stream could not write: else each flush would fail on it, that of a starting process of the loader too, and that
-    of the exit, which makes the status 120."""
-    fd, null = stream.fileno(), os.open(os.devnull, os.O_WRONLY)
-    kept = os.dup(fd)
-    os.dup2(null, fd)
-    stream.flush()
-    os.dup2(kept, fd)
-    os.close(kept)
-    os.close(null)
-
-
-def on_terminal(stream: TextIO | None) -> bool:
-    """Whether a person sees the stream, which may be closed."""
-    return stream is not None and stream.isatty()
-
-
-def show(path: Path | str) -> str:
-    """A file's name for a message; quoted and escaped where it would break the line or cannot be printed."""
-    return str(path) if str(path).isprintable() else repr(str(path))
-
-
-def write(path: Path, save: Callable[[BinaryIO], object]) -> None:
-    """Call save(file) on a file beside `path`, flush it to the disk, then replace: `path` is whole whatever happens, the
-    old one or the new one. OSError (a full disk) leaves the old one and nothing beside it."""
-    beside = path.with_name(path.name + ".part")
-    try:
-        with open(beside, "wb") as f:
-            save(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(beside, path)
-    except BaseException as e:
-        beside.unlink(missing_ok=True)
-        if isinstance(e, RuntimeError) and isinstance(e.__context__, OSError):  # torch.save's writer has words of its own for it
-            raise e.__context__ from None
-        raise
 
 
 def palette(n: int) -> tuple[tuple[int, int, int], ...]:
@@ -844,53 +790,6 @@ def _print_report(report: dict) -> None:
     for line in [f"warning: {w}" for w in report["warnings"]] + [f"wrong: {p}" for p in report["problems"]]:
         print(line)
     print(f"{len(report['problems'])} wrong files")
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, as those of wrong files."""
-
-    def error(self, message: str) -> None:
-        raise InputError(f"{message} (--help lists the flags)")
-
-
-REASONS = {  # in the text of an error that is not of the program: what to do
-    "DataLoader worker": "a process that reads images was killed, probably out of memory: lower --workers, or enlarge /dev/shm",
-    "process pool": "a process that reads images was killed, probably out of memory: lower --workers",
-    "by peer": "another rank is gone: its own line says why, or it was killed",  # gloo: closed, or reset
-    "out of memory": "out of memory: lower --batch (train.py), or give --crop (the others)",  # a GPU's
-    "allocate memory": "out of memory: lower --batch (train.py), or give --crop (the others)"}  # a CPU's
-
-
-def run_script(main: Callable[[], int | None], needs_output: bool = True) -> None:
-    """Run a script's main. Wrong input becomes one line on standard error and exit status 2; what the machine lacks, 1, and so
-    does an output that is lost, if the script is for its output; Ctrl-C 130."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name that cannot be printed ends nothing
-    status, line = 1, ""
-    try:
-        status = main()
-        if needs_output and sys.stdout is not None:
-            sys.stdout.flush()
-    except InputError as e:
-        status, line = 2, str(e)
-    except KeyboardInterrupt:
-        status = 128 + signal.SIGINT
-    except (OSError, MemoryError, RuntimeError) as e:
-        text = "out of memory" if isinstance(e, MemoryError) else str(e)
-        line = next((reason for part, reason in REASONS.items() if part in text), text * isinstance(e, OSError))
-        if not line:
-            raise
-        status = 1
-    if line:
-        tell(f"{Path(sys.argv[0]).name}: {show(line)}", error=True)
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            if stream is not None:
-                stream.flush()
-        except OSError:
-            forget(stream)
-    sys.exit(status)
 
 
 def main(argv: list[str] | None = None) -> int:

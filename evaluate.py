@@ -13,14 +13,11 @@ import argparse
 import json
 import os
 import sys
-import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import timedelta
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +28,25 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 import dnl
-from data import IGNORE, SETTINGS, DataSet, InputError, Parser, eval_images, normalize, on_terminal, open_dataset, run_script, show, tell
+from data import IGNORE, SETTINGS, DataSet, eval_images, normalize, open_dataset
+from runtime import (
+    AMP,
+    FLAGS,
+    InputError,
+    Parser,
+    choose_amp,
+    distributed,
+    find_factory,
+    on_terminal,
+    parse_flags,
+    run_script,
+    show,
+    tell,
+    together,
+)
 
 VERSION = 1  # of the checkpoint's layout
 NOT_FINITE = "the network's output is not finite: try --amp off; where it stays so, its weights are spoiled: train again, at a lower --lr"
-AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # ------------------------------------------------------------------------------------------------------- metrics
 
@@ -153,88 +164,6 @@ def evaluate(net: nn.Module, dataset: DataSet, *, device: torch.device, rank: in
 # ------------------------------------------------------------------------------------------- what the scripts share
 
 
-def from_environment(name: str, default: int) -> int:
-    """A whole number among the environment variables."""
-    text = os.environ.get(name, str(default))
-    try:
-        return int(text)
-    except ValueError:
-        raise InputError(f"{name}={text!r} in the environment: expected a number, as torchrun sets it") from None
-
-
-@contextmanager
-def together(rank: int) -> Iterator[None]:
-    """A block that ends in an InputError on every rank where it does on one: the others would wait for that rank."""
-    failure = None
-    try:
-        yield
-    except InputError as e:
-        failure = e
-    failed = torch.tensor(int(failure is not None))
-    if dist.is_initialized():
-        dist.all_reduce(failed)
-    if failed:
-        raise failure or InputError(f"rank {rank}: stopped, since another rank cannot go on")
-
-
-@contextmanager
-def distributed(timeout: timedelta = timedelta(minutes=10)) -> Iterator[tuple[int, int, torch.device]]:
-    """(rank, world, device) from torchrun's environment, or (0, 1, device) without it. The process group (nccl for GPU
-    tensors, gloo for CPU ones) lives exactly as long as the block; a rank that waits so long for another gives up."""
-    rank, world, local = (from_environment(k, d) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    if not (0 <= rank < world and 0 <= local) or world > 1 and (
-            "MASTER_ADDR" not in os.environ or not 0 < from_environment("MASTER_PORT", 0) < 65536):
-        raise InputError(f"RANK {rank}, LOCAL_RANK {local}, WORLD_SIZE {world}, MASTER_ADDR or MASTER_PORT in the environment are not "
-                         "torchrun's: unset them, or start by torchrun")
-    gpu = torch.cuda.is_available()
-    if gpu and local >= torch.cuda.device_count():
-        raise InputError(f"local rank {local} has no GPU, the machine has {torch.cuda.device_count()}: lower --nproc-per-node")
-    device = torch.device("cuda", local) if gpu else torch.device("cpu")
-    if gpu:
-        torch.cuda.set_device(device)
-    if world > 1:
-        store = next(dist.rendezvous("env://"))[0]
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # one node, where the ranks' counts of restarts agree: after one, torchrun's
-            store = dist.PrefixStore(f"restart{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # store still has dead addresses
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", store=store, rank=rank, world_size=world,
-                                timeout=timeout)
-    try:
-        yield rank, world, device
-    finally:
-        if dist.is_initialized():
-            time.sleep(0.1)  # gloo's threads want Python's lock to drop their last tensors; its destructor waits for them, holding it
-            dist.destroy_process_group()
-
-
-def choose_amp(amp: str, device: torch.device) -> str:
-    """'auto' to 'bf16' where the machine computes it well (GPUs since Ampere, CPUs with AVX512-BF16 or AMX), else to 'fp16' on a
-    GPU and 'off' on a CPU."""
-    if amp != "auto":
-        return amp
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
-    fast = [getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
-    return "bf16" if any(fast) else "off"
-
-
-def find_factory(context: str) -> Callable[[int, int], nn.Module] | None:
-    """The factory that `MODULE:FACTORY` names, imported; None for the built-in contexts. InputError when there is none."""
-    if ":" not in context:
-        return None
-    module, name = context.split(":", 1)
-    sys.path.insert(0, os.getcwd())  # the user's module lies where the user stands
-    try:
-        factory = getattr(import_module(module), name)
-        if not callable(factory):
-            raise TypeError(f"{name} cannot be called")
-        return factory
-    except Exception as e:  # the user's module can fail in any way
-        raise InputError(f"--context {show(context)}: {show(str(e))}; expected MODULE:FACTORY with FACTORY(channels, num_classes) -> "
-                         "module") from None
-    finally:
-        sys.path.pop(0)
-
-
 FIELDS = {"model": {str: Tensor}, "config": {str: (str, int, float)}, "data": str, "root": (str, type(None)), "classes": [str],
           "colors": [[int]], "amp": str}  # what every script reads of a checkpoint, beside its version
 
@@ -320,35 +249,6 @@ def load_network(path: str | Path, device: torch.device | str, context: str | No
     except (TypeError, ValueError, RuntimeError) as e:
         raise e if isinstance(e, InputError) else InputError(f"{show(path)}: {show(str(e))}") from None
     return net.to(device, memory_format=torch.channels_last).eval(), checkpoint
-
-
-FLAGS = {  # spelt and meant alike in the scripts that take a checkpoint
-    "data": {"help": "data set (default: the checkpoint's)"},
-    "root": {"help": "its folder (default: the checkpoint's)"},
-    "split": {"default": "val", "help": "of the data set (default: val)"},
-    "scales": {"type": float, "nargs": "+", "default": [1.0], "help": "of the image, averaged over (default: 1.0)"},
-    "flip": {"action": "store_true", "help": "average with the mirrored image"},
-    "crop": {"type": int, "help": "sliding windows of this size (default: the whole image)"},
-    "amp": {"choices": ["auto", *AMP], "help": "precision (default: the checkpoint's)"},
-    "context": {"help": "MODULE:FACTORY, again, where training was given one"},
-    "workers": {"type": int, "default": 2, "help": "processes that read images, per rank (default: 2)"},
-    "json": {"action": "store_true", "help": "one JSON object as the last line"}}
-
-
-def add_flags(p: argparse.ArgumentParser, *names: str) -> None:
-    """Add flags of FLAGS to a parser."""
-    for name in names:
-        p.add_argument(f"--{name}", **FLAGS[name])
-
-
-def parse_flags(p: argparse.ArgumentParser, argv: Sequence[str] | None, *names: str) -> argparse.Namespace:
-    """The arguments of a parser and of these FLAGS. InputError for values out of range."""
-    add_flags(p, *names)
-    args = p.parse_args(argv)
-    crop = getattr(args, "crop", None)
-    if not all(0 < s <= 10 for s in getattr(args, "scales", [1])) or (crop is not None and crop < 1) or args.workers < 0:
-        raise InputError("--scales must be above 0 and at most 10, --crop above 0, --workers 0 or more")
-    return args
 
 
 # -------------------------------------------------------------------------------------------------------- pictures

@@ -2,7 +2,6 @@
 from dataclasses import replace as _replace
 
 import dnl
-from dnl import DenoisedNonLocal
 
 dependencies = ["torch", "numpy", "PIL"]
 
@@ -26,5 +25,7 @@ def trained(checkpoint: str, context: str | None = None) -> dnl.Network:
 
     context: MODULE:FACTORY again, where training was given one. `data.InputError`, a ValueError, for a file that is none.
     """
-    from evaluate import load_network  # here, since it brings modules of common names: data, evaluate
+    from evaluate import (
+        load_network,  # here, since it brings modules of common names: data, evaluate
+    )
     return load_network(checkpoint, "cpu", context)[0]

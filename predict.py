@@ -30,9 +30,21 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import dnl
-from data import (ADE20K, CITYSCAPES, LAYOUT, InputError, Parser, decode_image, eval_items, normalize, on_terminal, run_script, show, tell,
-                  write)
-from evaluate import AMP, NOT_FINITE, choose_amp, colorize, distributed, fit, load_font, load_network, parse_flags, predict, sheet
+from data import ADE20K, CITYSCAPES, LAYOUT, decode_image, eval_items, normalize
+from evaluate import NOT_FINITE, colorize, fit, load_font, load_network, predict, sheet
+from runtime import (
+    AMP,
+    InputError,
+    Parser,
+    choose_amp,
+    distributed,
+    on_terminal,
+    parse_flags,
+    run_script,
+    show,
+    tell,
+    write,
+)
 
 SIDE = 2048  # of a tile, for up to 64 classes
 SERVER = {"cityscapes": tuple(CITYSCAPES), "ade20k": ADE20K}  # the classes, in the order of the network's outputs

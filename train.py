@@ -41,10 +41,34 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 import dnl
-from data import (IGNORE, SETTINGS, DataSet, InputError, Parser, color_jitter, normalize, on_terminal, open_dataset, read, run_script, show,
-                  step_items, tell, train_batches, write)
-from evaluate import (AMP, VERSION, choose_amp, colorize, distributed, evaluate, find_factory, predict, read_checkpoint, scores, sheet, table,
-                      together)
+from data import (
+    IGNORE,
+    SETTINGS,
+    DataSet,
+    color_jitter,
+    normalize,
+    open_dataset,
+    read,
+    step_items,
+    train_batches,
+)
+from evaluate import VERSION, colorize, evaluate, predict, read_checkpoint, scores, sheet, table
+from runtime import (
+    AMP,
+    InputError,
+    Parser,
+    choose_amp,
+    choose_kernels,
+    distributed,
+    find_factory,
+    on_terminal,
+    run_script,
+    show,
+    stop_signals,
+    tell,
+    together,
+    write,
+)
 
 # ------------------------------------------------------------------------------------------------ schedule and loss
 
@@ -635,21 +659,6 @@ def restore(run: Run) -> None:
 # ------------------------------------------------------------------------------------------------------ the training
 
 
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """A list that receives SIGTERM, SIGUSR1 (Slurm's warning), SIGINT and, but under nohup, SIGHUP: the step is finished and the
-    run saved."""
-    caught: list[int] = []
-    old = {s: signal.signal(s, lambda number, frame: caught.append(number))
-           for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-           if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN}
-    try:
-        yield caught
-    finally:
-        for s, handler in old.items():
-            signal.signal(s, handler)
-
-
 def report(run: Run, draw: Callable[..., None], share: Tensor | None, speed: float) -> None:
     """Look at the losses so far, and tell this step's. share: what `train_step` returned. speed: images/s over all ranks."""
     check_finite(run)
@@ -835,14 +844,6 @@ def make_folder(path: Path) -> Any:
         return lock
     except OSError as e:
         raise InputError(f"--out {show(path)}: {e.strerror}: choose another") from None
-
-
-def choose_kernels(args: argparse.Namespace) -> None:
-    """For this process: the fastest convolutions of the GPU, or the repeatable ones with --deterministic."""
-    torch.backends.cudnn.benchmark = not args.deterministic
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

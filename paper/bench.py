@@ -44,9 +44,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import dnl
-from data import Parser, run_script
-from evaluate import AMP, choose_amp
 from paper.peers import attention
+from runtime import AMP, Parser, choose_amp, run_script
 from train import losses
 
 SIZE = (48, 48)  # N = 2304, the paper's 768 x 768 at stride 16

@@ -20,9 +20,18 @@ import torch
 from PIL import Image, ImageDraw
 
 import dnl
-from data import IGNORE, DataSet, InputError, Parser, decode_image, palette, read, run_script
-from evaluate import AMP, add_flags, choose_amp, colorize, fit, load_font, load_network, open_like, read_checkpoint, sheet
-from predict import attention_row, attention_sheet, pixel_of, predict_ids, require_attention, require_pixel, save
+from data import IGNORE, DataSet, decode_image, palette, read
+from evaluate import colorize, fit, load_font, load_network, open_like, read_checkpoint, sheet
+from predict import (
+    attention_row,
+    attention_sheet,
+    pixel_of,
+    predict_ids,
+    require_attention,
+    require_pixel,
+)
+from runtime import AMP, InputError, Parser, add_flags, choose_amp, run_script
+from train import save
 
 # ------------------------------------------------------------------------------------------ predictions, compared
 

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 import dnl
-from data import IGNORE, DataSet, InputError, Parser, eval_images, on_terminal, run_script, tell
-from evaluate import load_network, open_like, parse_flags
+from data import IGNORE, DataSet, eval_images
+from evaluate import load_network, open_like
 from predict import attention_inputs, require_attention
+from runtime import InputError, Parser, on_terminal, parse_flags, run_script, tell
 
 MAPS, NOISES = ("A", "A'", "A''"), ("inter", "intra")
 

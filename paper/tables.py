@@ -32,10 +32,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from data import InputError, Parser, open_dataset, run_script, write
+from data import open_dataset
 from dnl import DenoisedNonLocal, denoised_maps
 from paper import peers
 from paper.bench import in_turn, markdown, peak_memory
+from runtime import InputError, Parser, run_script, write
 
 # ------------------------------------------------------------------------------------------------ Table V: complexity
 

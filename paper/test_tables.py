@@ -12,8 +12,8 @@ import torch
 import data
 import dnl
 import train
-from data import InputError
 from paper import tables
+from runtime import InputError
 
 META = torch.device("meta")  # counts, without arithmetic
 
