@@ -13,7 +13,6 @@ Layouts beneath --root:
 """
 
 import colorsys
-import fcntl
 import hashlib
 import json
 import math
@@ -30,7 +29,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,7 +38,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import synthetic
-from runtime import GROUP_SIGNALS, InputError, Parser, on_terminal, run_script, show, tell, write
+from cache import Copy, open_copy
+from runtime import GROUP_SIGNALS, InputError, Parser, on_terminal, print_line, quote, run_script
 
 IGNORE = 255
 SPLITS = ("train", "val", "trainval", "test")
@@ -105,7 +105,7 @@ def read_classes(path: Path) -> tuple[tuple[str, ...], tuple[tuple[int, int, int
             raise OSError("not a file")  # a pipe would be waited for
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeError) as e:
-        raise InputError(f"{show(path)}: cannot be read ({type(e).__name__}); expected UTF-8 text, a line "
+        raise InputError(f"{quote(path)}: cannot be read ({type(e).__name__}); expected UTF-8 text, a line "
                         "`name [R G B]` for each class") from e
     classes, defaults = {}, palette(IGNORE)
     for number, line in enumerate(map(str.strip, lines), 1):
@@ -115,16 +115,16 @@ def read_classes(path: Path) -> tuple[tuple[str, ...], tuple[tuple[int, int, int
         color = parts[-3:] if len(parts) > 2 and all(re.fullmatch("-?[0-9]+", v) for v in parts[-3:]) else ()
         name = "".join(parts[:-3]) if color else line
         if not name or not name.isprintable() or name in classes:
-            raise InputError(f"{show(path)}: line {number}: got the name {name[:60]!r}, empty, not printable or given "
+            raise InputError(f"{quote(path)}: line {number}: got the name {name[:60]!r}, empty, not printable or given "
                             "before; expected `name [R G B]` with a name of its own for each class")
         if not all(len(v) < 4 and 0 <= int(v) <= 255 for v in color):
-            raise InputError(f"{show(path)}: line {number}: got the colour {' '.join(color)[:60]}; expected R G B, "
+            raise InputError(f"{quote(path)}: line {number}: got the colour {' '.join(color)[:60]}; expected R G B, "
                             "each 0..255")
         if len(classes) == IGNORE:
-            raise InputError(f"{show(path)}: line {number}: more than 255 classes; 255 is ignored: merge classes")
+            raise InputError(f"{quote(path)}: line {number}: more than 255 classes; 255 is ignored: merge classes")
         classes[name] = tuple(map(int, color)) or defaults[len(classes)]
     if not classes:
-        raise InputError(f"{show(path)}: no class in it; expected a line `name [R G B]` for each class")
+        raise InputError(f"{quote(path)}: no class in it; expected a line `name [R G B]` for each class")
     return tuple(classes), tuple(classes.values())
 
 
@@ -132,7 +132,7 @@ def _classes(name: str, root: Path | str | None) -> tuple[tuple[str, ...], tuple
     if name == "folder":
         path = Path(root, "classes.txt")
         if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
-            raise InputError(f"{show(path)}: a link out of the data set: copy what it leads to in its place")
+            raise InputError(f"{quote(path)}: a link out of the data set: copy what it leads to in its place")
         return read_classes(path)
     if name == "cityscapes":
         return tuple(CITYSCAPES), tuple(v[1:] for v in CITYSCAPES.values())
@@ -163,8 +163,7 @@ class DataSet:
     classes: tuple[str, ...]
     colors: tuple[tuple[int, int, int], ...]
     items: tuple[Item, ...]
-    cached: Path | None = None  # a decoded copy, and in it (offset, height, width) of each item
-    places: tuple[tuple[int, int, int], ...] = ()
+    copy: Copy | None = None  # the decoded copy, where one is kept
 
     def __len__(self) -> int:
         return len(self.items)
@@ -195,69 +194,21 @@ def open_dataset(name: str, root: Path | str | None, split: str, cache: Path | s
     dataset, problems = _open(name, root, split)
     if problems:
         raise InputError(problems[0] + f" (and {len(problems) - 1} more)" * (len(problems) > 1))
-    return dataset if cache is None else _with_cache(dataset, Path(cache))
+    return dataset if cache is None else _with_copy(dataset, Path(cache))
 
 
-def _with_cache(dataset: DataSet, folder: Path) -> DataSet:
-    """The data set with its decoded copy in the folder: made once, by whoever holds the lock, while others wait. Its name
-    holds the sources' sizes and times, so a change makes a new one; the index is written last, so half a copy is none."""
-    stamps = [(os.path.realpath(p), *(stamp or ())) for item in dataset.items for p, stamp in zip(item.files, item.stamps)]
+def _with_copy(dataset: DataSet, folder: Path) -> DataSet:
+    """The data set, read from its decoded copy in the folder. The copy's name holds the sources' sizes and times, so a
+    change of a file makes a new one."""
+    stamps = []
+    for item in dataset.items:
+        for path, stamp in zip(item.files, item.stamps):
+            stamps.append((os.path.realpath(path), *(stamp or ())))
     key = hashlib.sha256(repr((dataset.classes, stamps)).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    base = folder / f"{dataset.name}-{dataset.split}-{key}"
-    try:
-        if not (places := _places(dataset, base)):  # a whole copy needs no lock, so that it may lie where nothing can be written
-            folder.mkdir(parents=True, exist_ok=True)
-            with open(f"{base}.lock", "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                if not (places := _places(dataset, base)):
-                    places = _write_cache(dataset, base)
-    except OSError as e:
-        raise InputError(f"--cache {show(folder)}: {show(str(e))}; expected a folder with room for the decoded images: make "
-                        "room, name another, or do without") from None
-    return replace(dataset, cached=Path(f"{base}.bin"), places=places)
-
-
-def _places(dataset: DataSet, base: Path) -> tuple[tuple[int, int, int], ...]:
-    """The index of the copy, empty where the copy is not there or not whole."""
-    try:
-        places, end = tuple(map(tuple, json.loads(Path(f"{base}.json").read_text()))), 0
-        for place in places:
-            offset, H, W = place
-            if offset != end or {*map(type, place)} != {int} or not H > 0 < W:
-                return ()
-            end += H * W * (3 + dataset.labelled)
-        return places if len(places) == len(dataset) and os.path.getsize(f"{base}.bin") == end else ()
-    except (FileNotFoundError, ValueError, TypeError):
-        return ()
-
-
-def _write_cache(dataset: DataSet, base: Path) -> tuple[tuple[int, int, int], ...]:
-    """Decode every file, images as (H, W, 3) and labels as (H, W) bytes one after another. Returns the index."""
-    places = []
-
-    def fill(f: BinaryIO) -> None:
-        for index, image, label in eval_images(dataset, 0, 1, os.cpu_count() or 1):
-            places.append((f.tell(), *image.shape[1:]))
-            for plane in (image.permute(1, 2, 0), label):
-                if plane is not None:
-                    f.write(plane.contiguous().numpy())
-            if index % 100 == 99 or index + 1 == len(dataset):
-                tell(f"cache {show(base)}: {index + 1}/{len(dataset)}, {f.tell() / 2**30:.2f} GiB", error=True)
-
-    write(Path(f"{base}.bin"), fill)
-    write(Path(f"{base}.json"), lambda f: f.write(json.dumps(places).encode()))
-    return tuple(places)
-
-
-def _read_cache(dataset: DataSet, index: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """As `read`, views of the mapped file: a crop reads only its pages."""
-    offset, H, W = dataset.places[index]
-    try:
-        image = np.memmap(dataset.cached, np.uint8, "r", offset, (H, W, 3))
-        return image, np.memmap(dataset.cached, np.uint8, "r", offset + H * W * 3, (H, W)) if dataset.labelled else None
-    except (OSError, ValueError) as e:
-        raise InputError(f"{show(dataset.cached)}: the decoded copy was removed or cut since the start ({type(e).__name__}): start "
-                         "again, and it is made anew") from None
+    name = f"{dataset.name}-{dataset.split}-{key}"
+    workers = os.cpu_count() or 1
+    copy = open_copy(folder, name, len(dataset), dataset.labelled, lambda: eval_images(dataset, 0, 1, workers))
+    return replace(dataset, copy=copy)
 
 
 def _open(name: str, root: Path | str | None, split: str) -> tuple[DataSet, list[str]]:
@@ -267,7 +218,7 @@ def _open(name: str, root: Path | str | None, split: str) -> tuple[DataSet, list
                         f"{', '.join(SPLITS)}")
     if (name == "synthetic") != (root is None):
         raise InputError(f"{name} is read from files: name its folder by --root DIR" if root is None else
-                         f"--root {show(root)}: synthetic scenes are made in memory: name what lies there by --data, or leave --root out")
+                         f"--root {quote(root)}: synthetic scenes are made in memory: name what lies there by --data, or leave --root out")
     items, problems = [], []
     for part in ("train", "val") if split == "trainval" else (split,):
         if name == "synthetic":
@@ -277,7 +228,7 @@ def _open(name: str, root: Path | str | None, split: str) -> tuple[DataSet, list
         try:
             items += _scan(name, Path(root), part, problems)
         except OSError as e:
-            raise InputError(f"{show(e.filename or root)}: cannot be read ({e.strerror}): check the folder's permissions and --root") from e
+            raise InputError(f"{quote(e.filename or root)}: cannot be read ({e.strerror}): check the folder's permissions and --root") from e
     return DataSet(name, split, *_classes(name, root), tuple(items)), problems
 
 
@@ -287,7 +238,7 @@ def _scan(name: str, root: Path, split: str, problems: list[str]) -> list[Item]:
     folder = ADE_FOLDERS[split] if name == "ade20k" else split
     image_dir, label_dir = root / image_top / folder, root / label_top / folder
     if name == "ade20k" and any(True for pattern in FULL_ADE for _ in root.glob(pattern)):
-        raise InputError(f"{show(root)}: this is the full ADE20K; expected the benchmark of 150 classes: download "
+        raise InputError(f"{quote(root)}: this is the full ADE20K; expected the benchmark of 150 classes: download "
                         "ADEChallengeData2016.zip and name its folder by --root")
     bare = split == "test" and (name == "cityscapes" or not label_dir.is_dir())
     for top in (image_dir,) if bare else (image_dir, label_dir):
@@ -296,13 +247,13 @@ def _scan(name: str, root: Path, split: str, problems: list[str]) -> list[Item]:
     inside = Path(os.path.realpath(root)) if name == "folder" else None
     images = _walk(image_dir, ends, inside)
     if not images:
-        raise InputError(f"{show(image_dir)}: the split {split} is empty; expected images *{', *'.join(ends)}")
+        raise InputError(f"{quote(image_dir)}: the split {split} is empty; expected images *{', *'.join(ends)}")
     if bare:
         return [Item(images[key], None, (_stamp(images[key]),)) for key in sorted(images)]
     labels = _walk(label_dir, (label_end.lower(),), inside)
-    problems += [f"{show(images[key])}: image without label; expected {show(label_dir / key)}{label_end}: add it or "
+    problems += [f"{quote(images[key])}: image without label; expected {quote(label_dir / key)}{label_end}: add it or "
                  "remove the image" for key in sorted(images.keys() - labels)]
-    problems += [f"{show(labels[key])}: label without image; expected {show(image_dir / key)}{ends[0]} or the like: "
+    problems += [f"{quote(labels[key])}: label without image; expected {quote(image_dir / key)}{ends[0]} or the like: "
                  "add it or remove the label" for key in sorted(labels.keys() - images)]
     return [Item(images[key], labels[key], (_stamp(images[key]), _stamp(labels[key])))
             for key in sorted(images.keys() & labels)]
@@ -321,8 +272,8 @@ def _missing(name: str, root: Path, folder: Path) -> InputError:
     """The error of a missing folder; looks one level up and down for the one that was meant."""
     top = folder.parent.name
     near = [root.parent, root.parent.parent, *(found.parent for found in root.glob(f"*/{top}"))]
-    meant = next((show(c) for c in near if c != root and (c / top / folder.name).is_dir()), None)
-    return InputError(f"{show(folder)}: no such folder; expected {name} with {top}/{folder.name} beneath {show(root)}: "
+    meant = next((quote(c) for c in near if c != root and (c / top / folder.name).is_dir()), None)
+    return InputError(f"{quote(folder)}: no such folder; expected {name} with {top}/{folder.name} beneath {quote(root)}: "
                      + (f"give --root {meant}" if meant else "name another split, or add this one" if folder.parent.is_dir() else
                         "name the data set's folder by --root"))
 
@@ -340,7 +291,7 @@ def _walk(top: Path, ends: tuple[str, ...], inside: Path | None) -> dict[str, Pa
         links = [p for p in (Path(here, n) for n in (*folders, *files)) if p.is_symlink()] if inside else []
         for path in [top, *links] if inside else ():
             if path in links and path.is_dir() or not Path(os.path.realpath(path)).is_relative_to(inside):
-                raise InputError(f"{show(path)}: a link to a folder or out of the data set; expected every file "
+                raise InputError(f"{quote(path)}: a link to a folder or out of the data set; expected every file "
                                 "beneath --root: copy what it leads to in its place")
         for name in files:
             end = next((e for e in ends if name.lower().endswith(e)), None)
@@ -349,7 +300,7 @@ def _walk(top: Path, ends: tuple[str, ...], inside: Path | None) -> dict[str, Pa
             path = Path(here, name)
             key = (path.parent / name[:-len(end)]).relative_to(top).as_posix()
             if key in found:
-                raise InputError(f"{show(path)}: the name of {show(found[key])} again; expected one file for each "
+                raise InputError(f"{quote(path)}: the name of {quote(found[key])} again; expected one file for each "
                                 "name, whatever the ending: rename or remove one")
             found[key] = path
     return found
@@ -367,7 +318,9 @@ def read(dataset: DataSet, index: int) -> tuple[np.ndarray, np.ndarray | None]:
     if dataset.name == "synthetic":
         _, split, number = dataset.items[index].image.parts
         return synthetic.scene(split, int(number))
-    return decode(dataset, dataset.items[index]) if dataset.cached is None else _read_cache(dataset, index)
+    if dataset.copy is not None:
+        return dataset.copy.read(index)
+    return decode(dataset, dataset.items[index])
 
 
 def decode(dataset: DataSet, item: Item) -> tuple[np.ndarray, np.ndarray | None]:
@@ -376,12 +329,12 @@ def decode(dataset: DataSet, item: Item) -> tuple[np.ndarray, np.ndarray | None]
     label = decode_label(item.label, dataset) if item.label else None
     for path, stamp in zip(item.files, item.stamps):  # looked at last, so that a change meanwhile is seen too
         if stamp != _stamp(path):
-            raise InputError(f"{show(path)}: changed since the data set was opened: size and time {_stamp(path)}, expected "
+            raise InputError(f"{quote(path)}: changed since the data set was opened: size and time {_stamp(path)}, expected "
                             f"{stamp}: stop what writes there, and start again")
     if label is not None and label.shape != image.shape[:2]:
         raise InputError("{}: label of {}x{} (height x width), image of {}x{}; expected one size: make the label again "
                         "for {} as its EXIF rotation shows it".format(
-                            show(item.label), *label.shape, *image.shape[:2], show(item.image)))
+                            quote(item.label), *label.shape, *image.shape[:2], quote(item.image)))
     return image, label
 
 
@@ -390,7 +343,7 @@ def decode_image(path: Path) -> np.ndarray:
     of 16-bit colour PNGs the high byte. Raises InputError: not an image, truncated, 16-bit grey, float."""
     image = _load(path, False)
     if image.mode[0] in "IF":
-        raise InputError(f"{show(path)}: got mode {image.mode}, more than 8 bit; expected 8 bit a channel: convert it")
+        raise InputError(f"{quote(path)}: got mode {image.mode}, more than 8 bit; expected 8 bit a channel: convert it")
     return np.asarray(image)
 
 
@@ -399,20 +352,20 @@ def decode_label(path: Path, dataset: DataSet) -> np.ndarray:
     values fit. Raises InputError: colours, not a PNG, grey of 2 or 4 bit, values out of range."""
     image = _load(path, True)
     if image.format != "PNG":
-        raise InputError(f"{show(path)}: got a {image.format}; expected a PNG, which has checksums and keeps class numbers: "
+        raise InputError(f"{quote(path)}: got a {image.format}; expected a PNG, which has checksums and keeps class numbers: "
                         "make it again from the annotation")
     if image.info["stored"] in ("L;2", "L;4"):  # a 3 of 2 bit would be read as 255
-        raise InputError(f"{show(path)}: got grey of 2 or 4 bit, whose numbers are read as brightness; expected 8 bit: save it "
+        raise InputError(f"{quote(path)}: got grey of 2 or 4 bit, whose numbers are read as brightness; expected 8 bit: save it "
                         "as 8-bit grey or palette PNG")
     raw = np.asarray(image)
     if raw.ndim != 2 or image.mode == "F":
-        raise InputError(f"{show(path)}: got mode {image.mode}, a label saved as colours; expected one channel of class "
+        raise InputError(f"{quote(path)}: got mode {image.mode}, a label saved as colours; expected one channel of class "
                         f"numbers: {_color_remedy(raw, dataset)}")
     raw = raw.astype(np.uint8) if raw.dtype == bool else raw
     table = _id_table(dataset.name, len(dataset.classes))
     ids = table[raw] if raw.dtype == np.uint8 else np.where((raw < 0) | (raw > 255), -1, table[raw.clip(0, 255)])
     if ids.min() < 0:
-        raise InputError(f"{show(path)}: {_range_error(np.unique(raw[ids < 0]), dataset)}")
+        raise InputError(f"{quote(path)}: {_range_error(np.unique(raw[ids < 0]), dataset)}")
     return ids.astype(np.uint8)
 
 
@@ -435,10 +388,10 @@ def _load(path: Path, label: bool) -> Image.Image:
             image = ImageOps.exif_transpose(image)
         return image if image.mode[0] in "IF" else image.convert("RGB")
     except Image.DecompressionBombError as e:
-        raise InputError(f"{show(path)}: over {2 * Image.MAX_IMAGE_PIXELS} pixels, refused as a decompression bomb: cut "
+        raise InputError(f"{quote(path)}: over {2 * Image.MAX_IMAGE_PIXELS} pixels, refused as a decompression bomb: cut "
                         "it into tiles") from e
     except Exception as e:  # decoders of broken files raise nearly anything; each means that this file is not usable
-        raise InputError(f"{show(path)}: cannot be read ({getattr(e, 'strerror', None) or type(e).__name__}); expected "
+        raise InputError(f"{quote(path)}: cannot be read ({getattr(e, 'strerror', None) or type(e).__name__}); expected "
                         f"a whole {', '.join(FORMATS)} image: copy it again, or remove it") from e
 
 
@@ -653,8 +606,6 @@ def _started(loader: DataLoader) -> Iterator:
 
 
 
-# ---- check
-
 def check(name: str, root: Path | str | None, split: str | None = None, *, workers: int = 0,
           progress: bool = False) -> dict:
     """Reads every file of the split (None: train, val, and test if there is one). Returns plain values: data, classes,
@@ -684,7 +635,7 @@ def _check_split(dataset: DataSet, workers: int, progress: bool, problems: list[
             done += len(part)
             last, live = done == len(dataset), on_terminal(sys.stderr)
             if progress and (last or live):
-                tell("\r" * live + f"check {dataset.split}: {done}/{len(dataset)}, {len(problems)} wrong", error=True, end="\n" * last)
+                print_line("\r" * live + f"check {dataset.split}: {done}/{len(dataset)}, {len(problems)} wrong", error=True, end="\n" * last)
     known = pixels[:len(dataset.classes)]
     return {"pairs": sum(sizes.values()), "sizes": dict(sizes.most_common()), "modes": dict(modes.most_common()),
             "pixels": known.tolist(), "ignored": int(pixels[IGNORE]), "weights": class_weights(known).tolist()}

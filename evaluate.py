@@ -36,13 +36,13 @@ from runtime import (
     Parser,
     choose_amp,
     distributed,
+    fail_on_all_ranks,
     find_factory,
     on_terminal,
     parse_flags,
+    print_line,
+    quote,
     run_script,
-    show,
-    tell,
-    together,
 )
 
 VERSION = 1  # of the checkpoint's layout
@@ -146,7 +146,7 @@ def evaluate(net: nn.Module, dataset: DataSet, *, device: torch.device, rank: in
     net.eval()
     n, finite = len(dataset.classes), {}
     matrix = torch.zeros(n, n, dtype=torch.int64, device=device)
-    with together(rank), torch.backends.cudnn.flags(enabled=True, deterministic=True):  # the same kernels whoever calls, on any rank
+    with fail_on_all_ranks(rank), torch.backends.cudnn.flags(enabled=True, deterministic=True):  # the same kernels whoever calls, on any rank
         for index, image, label in eval_images(dataset, rank, world, workers):
             probabilities = predict(net, image.to(device, non_blocking=True), **options)
             finite[index] = probabilities[0].isfinite().all()  # nan in one class is in all; looked at last: no GPU is waited for
@@ -154,7 +154,7 @@ def evaluate(net: nn.Module, dataset: DataSet, *, device: torch.device, rank: in
             progress(index + 1, len(dataset))
         for index, fine in finite.items():
             if not fine:
-                raise InputError(f"{show(dataset.items[index].image)}: {NOT_FINITE}")
+                raise InputError(f"{quote(dataset.items[index].image)}: {NOT_FINITE}")
     matrix = matrix.cpu()
     if world > 1:
         dist.all_reduce(matrix)
@@ -168,13 +168,13 @@ FIELDS = {"model": {str: Tensor}, "config": {str: (str, int, float)}, "data": st
           "colors": [[int]], "amp": str}  # what every script reads of a checkpoint, beside its version
 
 
-def of_kind(value: Any, kind: Any) -> bool:
+def has_type(value: Any, kind: Any) -> bool:
     """Whether a value read from a file is of a kind: types, or [kind] or {kind: kind} of all that is in it."""
     if isinstance(kind, list):
-        return isinstance(value, list) and all(of_kind(v, kind[0]) for v in value)
+        return isinstance(value, list) and all(has_type(v, kind[0]) for v in value)
     if isinstance(kind, dict):
         (key, inner), = kind.items()
-        return isinstance(value, dict) and all(of_kind(k, key) and of_kind(v, inner) for k, v in value.items())
+        return isinstance(value, dict) and all(has_type(k, key) and has_type(v, inner) for k, v in value.items())
     return isinstance(value, kind)
 
 
@@ -183,7 +183,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     its fields are not as train.py writes them."""
     ours = "give a .pt file that train.py wrote"
     if not os.path.isfile(path):  # a pipe would be waited for
-        raise InputError(f"{show(path)}: no such checkpoint: {ours}")
+        raise InputError(f"{quote(path)}: no such checkpoint: {ours}")
     try:
         with zipfile.ZipFile(path) as z, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd pickles: one line is enough
@@ -191,22 +191,22 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
                 raise ValueError("compressed, which torch.save does not")  # and could be without end
             bad = z.testzip()
             if bad:
-                raise InputError(f"{show(path)}: damaged at {show(bad)}: use the previous one or train again")
+                raise InputError(f"{quote(path)}: damaged at {quote(bad)}: use the previous one or train again")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
     except Exception as e:  # a damaged file can fail in any of the layers that parse it
-        raise InputError(f"{show(path)}: not a readable checkpoint ({type(e).__name__}): {ours}") from None
-    if not isinstance(checkpoint, dict) or not of_kind(checkpoint.get("version"), int) or checkpoint["version"] != VERSION:
-        raise InputError(f"{show(path)}: not a checkpoint of this version ({VERSION}): {ours}")
-    wrong = [name for name, kind in FIELDS.items() if name not in checkpoint or not of_kind(checkpoint[name], kind)]
-    wrong = wrong or wrong_values(checkpoint)
+        raise InputError(f"{quote(path)}: not a readable checkpoint ({type(e).__name__}): {ours}") from None
+    if not isinstance(checkpoint, dict) or not has_type(checkpoint.get("version"), int) or checkpoint["version"] != VERSION:
+        raise InputError(f"{quote(path)}: not a checkpoint of this version ({VERSION}): {ours}")
+    wrong = [name for name, kind in FIELDS.items() if name not in checkpoint or not has_type(checkpoint[name], kind)]
+    wrong = wrong or invalid_fields(checkpoint)
     if wrong:
-        raise InputError(f"{show(path)}: the fields {', '.join(wrong)} are missing or not as they should be: {ours}")
+        raise InputError(f"{quote(path)}: the fields {', '.join(wrong)} are missing or not as they should be: {ours}")
     return checkpoint
 
 
-def wrong_values(checkpoint: dict[str, Any]) -> list[str]:
+def invalid_fields(checkpoint: dict[str, Any]) -> list[str]:
     """The fields of a checkpoint, all of the right kind, whose values cannot be."""
     c, names, colors = checkpoint["config"], checkpoint["classes"], checkpoint["colors"]
     default = asdict(dnl.PAPER)
@@ -239,7 +239,7 @@ def load_network(path: str | Path, device: torch.device | str, context: str | No
     try:
         config, model = dnl.Config(**checkpoint["config"]), checkpoint["model"]
         if ":" in config.context and context != config.context:
-            raise InputError(f"{show(path)}: trained with --context {show(config.context)}; name it again to let it be imported")
+            raise InputError(f"{quote(path)}: trained with --context {quote(config.context)}; name it again to let it be imported")
         factory = find_factory(config.context)
         with torch.device("meta"):  # sizes alone: those of a broken file could be anything
             blank = dnl.build(config, factory)
@@ -247,7 +247,7 @@ def load_network(path: str | Path, device: torch.device | str, context: str | No
         net = dnl.build(config, factory)
         dnl.load_strict(net, model, "the model")
     except (TypeError, ValueError, RuntimeError) as e:
-        raise e if isinstance(e, InputError) else InputError(f"{show(path)}: {show(str(e))}") from None
+        raise e if isinstance(e, InputError) else InputError(f"{quote(path)}: {quote(str(e))}") from None
     return net.to(device, memory_format=torch.channels_last).eval(), checkpoint
 
 
@@ -271,7 +271,7 @@ def load_font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(size)
 
 
-def fit(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+def shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
     """The text, with dots for its end where it is wider than `width` pixels."""
     if font.getlength(text) <= width:
         return text
@@ -293,7 +293,7 @@ def sheet(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], classes:
     out = Image.new("RGB", (across, tall), "white")
     draw, y = ImageDraw.Draw(out), line
     for i, title in enumerate(titles):
-        draw.text((gap + i * (width + gap), 3), fit(title, font, width), "black", font)
+        draw.text((gap + i * (width + gap), 3), shorten(title, font, width), "black", font)
     for row in rows:
         for i, im in enumerate(row):
             out.paste(im, (gap + i * (width + gap), y))
@@ -301,7 +301,7 @@ def sheet(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], classes:
     for i, (name, color) in enumerate(zip(classes, colors)):
         left, top = gap + i % per_line * column, y + i // per_line * line
         draw.rectangle((left, top + 2, left + 16, top + 16), tuple(color), "black")
-        draw.text((left + 22, top), fit(name, font, column - 28), "black", font)
+        draw.text((left + 22, top), shorten(name, font, column - 28), "black", font)
     return out
 
 
@@ -320,7 +320,7 @@ def open_like(checkpoint: dict[str, Any], data: str | None, root: str | None, sp
     dataset = open_dataset(data or checkpoint["data"], root or (None if data else checkpoint["root"]), split)
     if list(dataset.classes) != list(checkpoint["classes"]):
         was, now = (f"{len(names)} classes ({', '.join(names[:3])}, ...)" for names in (checkpoint["classes"], dataset.classes))
-        raise InputError(f"{show(source)}: trained on {was}, the data set has {now}")
+        raise InputError(f"{quote(source)}: trained on {was}, the data set has {now}")
     return dataset
 
 
@@ -334,9 +334,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         live = rank == 0 and on_terminal(sys.stderr)
         matrix = evaluate(net, dataset, device=device, rank=rank, world=world, workers=args.workers, scales=args.scales,
                           flip=args.flip, crop=args.crop, amp=AMP[amp],
-                          progress=lambda done, n: live and tell(f"\r{done}/{n} images", error=True, end=""))
+                          progress=lambda done, n: live and print_line(f"\r{done}/{n} images", error=True, end=""))
         if live:
-            tell("", error=True)
+            print_line("", error=True)
         result = scores(matrix)
         if rank == 0:
             print(table(result, dataset.classes))

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 
 import dnl
 from data import ADE20K, CITYSCAPES, LAYOUT, decode_image, eval_items, normalize
-from evaluate import NOT_FINITE, colorize, fit, load_font, load_network, predict, sheet
+from evaluate import NOT_FINITE, colorize, load_font, load_network, predict, sheet, shorten
 from runtime import (
     AMP,
     InputError,
@@ -40,9 +40,9 @@ from runtime import (
     distributed,
     on_terminal,
     parse_flags,
+    print_line,
+    quote,
     run_script,
-    show,
-    tell,
     write,
 )
 
@@ -162,7 +162,7 @@ def marked(image: Image.Image, at: tuple[float, float], caption: str) -> Image.I
         draw.line((x - reach, y, x + reach, y), color, width)
         draw.line((x, y - reach, x, y + reach), color, width)
     draw.rectangle((0, image.height, *out.size), "white")
-    draw.text((0, image.height + 1), fit(caption, load_font(14), image.width), "dimgray", load_font(14))
+    draw.text((0, image.height + 1), shorten(caption, load_font(14), image.width), "dimgray", load_font(14))
     return out
 
 
@@ -202,12 +202,12 @@ def find_images(inputs: Sequence[str | Path], out: Path) -> tuple[list[tuple[Pat
     Folders are searched to the bottom, without hidden files, linked folders and `out`. InputError: missing, or no image.
     """
     def unreadable(e: OSError) -> None:
-        raise InputError(f"{show(e.filename)}: cannot be read ({e.strerror}): check its permissions")
+        raise InputError(f"{quote(e.filename)}: cannot be read ({e.strerror}): check its permissions")
 
     found, others, results = [], [], os.path.realpath(out)
     for given in map(Path, inputs):
         if not given.exists():
-            raise InputError(f"{show(given)}: no such file or folder: give images, or folders of images")
+            raise InputError(f"{quote(given)}: no such file or folder: give images, or folders of images")
         if not given.is_dir():
             found.append((given, given.stem))
             continue
@@ -218,7 +218,7 @@ def find_images(inputs: Sequence[str | Path], out: Path) -> tuple[list[tuple[Pat
             found += [(p, (p.parent.relative_to(given) / p.stem).as_posix()) for p in images]
             others += [p for p in paths if p not in images]
     if not found:
-        raise InputError(f"{', '.join(map(show, inputs))}: no image; expected files *{', *'.join(LAYOUT['folder'][1])}")
+        raise InputError(f"{', '.join(map(quote, inputs))}: no image; expected files *{', *'.join(LAYOUT['folder'][1])}")
     return found, others
 
 
@@ -227,7 +227,7 @@ def server_names(found: list[tuple[Path, str]]) -> list[tuple[Path, str]]:
     frames = [(path, re.fullmatch("([^_]+_[0-9]{6}_[0-9]{6})_leftImg8bit", path.stem)) for path, _ in found]
     wrong = next((path for path, frame in frames if not frame), None)
     if wrong:
-        raise InputError(f"{show(wrong)}: --format cityscapes expects images CITY_SEQUENCE_FRAME_leftImg8bit.png: give "
+        raise InputError(f"{quote(wrong)}: --format cityscapes expects images CITY_SEQUENCE_FRAME_leftImg8bit.png: give "
                         "leftImg8bit/test, or leave the flag out")
     return [(path, f"{frame[1]}_pred_labelIds") for path, frame in frames]
 
@@ -235,17 +235,17 @@ def server_names(found: list[tuple[Path, str]]) -> list[tuple[Path, str]]:
 def check_targets(found: list[tuple[Path, str]], out: Path, endings: Sequence[str]) -> None:
     """InputError where `out` is a file, two images would write one file, an image would be overwritten, or a link leads out."""
     if out.exists() and not out.is_dir():
-        raise InputError(f"--out {show(out)}: is a file: name a folder")
+        raise InputError(f"--out {quote(out)}: is a file: name a folder")
     images, top, owner = {os.path.realpath(path) for path, _ in found}, os.path.realpath(out), {}
     for path, name in found:
         for target in (os.path.join(top, name + end) for end in endings):
             first = owner.setdefault(target, path)
             if first is not path:
-                raise InputError(f"{show(path)} and {show(first)} would both write {show(target)}: rename one, or give "
+                raise InputError(f"{quote(path)} and {quote(first)} would both write {quote(target)}: rename one, or give "
                                 "each its own --out")
             real = os.path.realpath(target)
             if real in images or not Path(real).is_relative_to(top):
-                raise InputError(f"{show(target)}: would overwrite an image or leave {show(out)}: choose another --out")
+                raise InputError(f"{quote(target)}: would overwrite an image or leave {quote(out)}: choose another --out")
 
 
 def check_server(out: Path, names: Sequence[str]) -> None:
@@ -263,7 +263,7 @@ def check_server(out: Path, names: Sequence[str]) -> None:
 
 def _some(names: Sequence[Path | str], most: int = 20) -> str:
     """The names for a message, as far as they fit."""
-    return ", ".join(map(show, names[:most])) + f" and {len(names) - most} more" * (len(names) > most)
+    return ", ".join(map(quote, names[:most])) + f" and {len(names) - most} more" * (len(names) > most)
 
 
 @dataclass(frozen=True)
@@ -294,7 +294,7 @@ def require_pixel(pixel: tuple[int, int], W: int, H: int, source: Path | str) ->
     """InputError unless the pixel (x, y) lies in the image of W x H that `source` names."""
     x, y = pixel
     if not (0 <= x < W and 0 <= y < H):
-        raise InputError(f"{show(source)}: pixel {x},{y} is outside of the image of {W}x{H} (width x height); expected X "
+        raise InputError(f"{quote(source)}: pixel {x},{y} is outside of the image of {W}x{H} (width x height); expected X "
                         f"0..{W - 1}, Y 0..{H - 1}")
 
 
@@ -326,7 +326,7 @@ def pictures(image: Tensor, path: Path, net: nn.Module, checkpoint: dict[str, An
     """The results of an image (H, W, 3) uint8, each with the ending of its file's name. InputError, after the others, where the
     pixel of --attention is not in the image."""
     side, x = tile_side(len(checkpoint["classes"]), args.crop), image.permute(2, 0, 1)
-    ids, confidence = predict_ids(net, x, show(path), device=device, side=side, scales=args.scales, flip=args.flip, crop=args.crop,
+    ids, confidence = predict_ids(net, x, quote(path), device=device, side=side, scales=args.scales, flip=args.flip, crop=args.crop,
                                   amp=amp)
     if args.format == "cityscapes":
         yield ".png", Image.fromarray(np.array([v[0] for v in CITYSCAPES.values()], np.uint8)[ids])
@@ -335,7 +335,7 @@ def pictures(image: Tensor, path: Path, net: nn.Module, checkpoint: dict[str, An
         yield ".png", Image.fromarray(ids + np.uint8(1))
         return
     yield ".png", colorize(ids, checkpoint["colors"])
-    yield "_overlay.png", overlay(image, show(path.name), ids, checkpoint)
+    yield "_overlay.png", overlay(image, quote(path.name), ids, checkpoint)
     if args.confidence:
         yield "_confidence.png", Image.fromarray(confidence)
     if args.attention:
@@ -357,14 +357,14 @@ def save(picture: Image.Image, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         write(target, lambda f: picture.save(f, "PNG"))
     except OSError as e:
-        raise InputError(f"{show(target)}: cannot be written ({e.strerror}): make room or choose another --out") from e
+        raise InputError(f"{quote(target)}: cannot be written ({e.strerror}): make room or choose another --out") from e
 
 
 def say(line: str, end: str = "\n") -> None:
     """A line on standard error; on a terminal it replaces the progress line, and end "" makes it one."""
     terminal = on_terminal(sys.stderr)
     if end or terminal:
-        tell(("\r\033[K" if terminal else "") + line, error=True, end=end)
+        print_line(("\r\033[K" if terminal else "") + line, error=True, end=end)
 
 
 def reason(e: Exception, path: Path) -> str:
@@ -372,10 +372,10 @@ def reason(e: Exception, path: Path) -> str:
     if isinstance(e, InputError):
         return str(e)
     if isinstance(e, MemoryError) or "out of memory" in str(e) or "allocate memory" in str(e):  # the GPU's; the CPU's
-        return f"{show(path)}: out of memory: give --crop 768, or less"
+        return f"{quote(path)}: out of memory: give --crop 768, or less"
     if isinstance(e, RuntimeError):
         raise e
-    return f"{show(path)}: no result ({type(e).__name__}: {e}): convert it, or remove it"
+    return f"{quote(path)}: no result ({type(e).__name__}: {e}): convert it, or remove it"
 
 
 def work(found: list[tuple[Path, str]], net: nn.Module, checkpoint: dict[str, Any], args: argparse.Namespace, rank: int,
@@ -403,7 +403,7 @@ def work(found: list[tuple[Path, str]], net: nn.Module, checkpoint: dict[str, An
         dist.all_reduce(counts)
     done, failed = counts.tolist()
     if rank == 0:
-        say(f"{done} images to {show(args.out)}, {done / (time.monotonic() - start):.2f} images/s"
+        say(f"{done} images to {quote(args.out)}, {done / (time.monotonic() - start):.2f} images/s"
             + f"; {failed} failed, named above" * (failed > 0))
     return failed
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import shutil
 import signal
 import sys
 import time
@@ -27,17 +28,17 @@ class InputError(ValueError):
     """Unusable input, as one line: the file, what was got, what was expected and how to mend it."""
 
 
-def tell(text: str, error: bool = False, end: str = "\n") -> None:
+def print_line(text: str, error: bool = False, end: str = "\n") -> None:
     """Print to standard output, or error, where anybody listens: a closed pipe or a full disk behind it stops nothing."""
     stream = sys.stderr if error else sys.stdout
     try:
         if stream is not None:  # which print would take for standard output
             print(text, file=stream, end=end, flush=True)
     except OSError:
-        forget(stream)
+        discard(stream)
 
 
-def forget(stream: TextIO) -> None:
+def discard(stream: TextIO) -> None:
     """Drop what a stream could not write: else each flush would fail on it, that of a starting process of the loader too, and that
     of the exit, which makes the status 120."""
     fd, null = stream.fileno(), os.open(os.devnull, os.O_WRONLY)
@@ -49,12 +50,21 @@ def forget(stream: TextIO) -> None:
     os.close(null)
 
 
+def print_progress(line: str, *, last: bool = False) -> None:
+    """Show progress on standard error: on a terminal rewritten in place, elsewhere the last line alone."""
+    if on_terminal(sys.stderr):
+        columns = shutil.get_terminal_size().columns - 1  # a longer line could not be taken back
+        print_line(f"\r\033[K{line[:columns]}", error=True, end="\n" if last else "")
+    elif last:
+        print_line(line, error=True)
+
+
 def on_terminal(stream: TextIO | None) -> bool:
     """Whether a person sees the stream, which may be closed."""
     return stream is not None and stream.isatty()
 
 
-def show(path: Path | str) -> str:
+def quote(path: Path | str) -> str:
     """A file's name for a message; quoted and escaped where it would break the line or cannot be printed."""
     return str(path) if str(path).isprintable() else repr(str(path))
 
@@ -124,7 +134,7 @@ def find_factory(context: str) -> Callable[[int, int], nn.Module] | None:
             raise TypeError(f"{name} cannot be called")
         return factory
     except Exception as e:  # the user's module can fail in any way
-        raise InputError(f"--context {show(context)}: {show(str(e))}; expected MODULE:FACTORY with FACTORY(channels, num_classes) -> "
+        raise InputError(f"--context {quote(context)}: {quote(str(e))}; expected MODULE:FACTORY with FACTORY(channels, num_classes) -> "
                          "module") from None
     finally:
         sys.path.pop(0)
@@ -160,13 +170,13 @@ def run_script(main: Callable[[], int | None], needs_output: bool = True) -> Non
             raise
         status = 1
     if line:
-        tell(f"{Path(sys.argv[0]).name}: {show(line)}", error=True)
+        print_line(f"{Path(sys.argv[0]).name}: {quote(line)}", error=True)
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:
                 stream.flush()
         except OSError:
-            forget(stream)
+            discard(stream)
     sys.exit(status)
 
 
@@ -180,7 +190,7 @@ def from_environment(name: str, default: int) -> int:
 
 
 @contextmanager
-def together(rank: int) -> Iterator[None]:
+def fail_on_all_ranks(rank: int) -> Iterator[None]:
     """A block that ends in an InputError on every rank where it does on one: the others would wait for that rank."""
     failure = None
     try:

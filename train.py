@@ -60,13 +60,13 @@ from runtime import (
     choose_amp,
     choose_kernels,
     distributed,
+    fail_on_all_ranks,
     find_factory,
     on_terminal,
+    print_line,
+    quote,
     run_script,
-    show,
     stop_signals,
-    tell,
-    together,
     write,
 )
 
@@ -245,9 +245,9 @@ def read_weights(path: str, classes: Sequence[str]) -> Tensor:
         splits, names = report["splits"], report["classes"]
         weights = torch.tensor(splits.get("train", next(iter(splits.values())))["weights"], dtype=torch.float32)
     except Exception as e:  # what is no such file can fail anywhere
-        raise InputError(f"{show(path)}: no class weights ({type(e).__name__} {e}): expected what `data.py check --json` prints") from None
+        raise InputError(f"{quote(path)}: no class weights ({type(e).__name__} {e}): expected what `data.py check --json` prints") from None
     if names != [*classes] or weights.shape != (len(classes),) or not ((weights > 0) & weights.isfinite()).all():
-        raise InputError(f"{show(path)}: class weights {tuple(weights.shape)} of other classes, or not above 0 and finite: run "
+        raise InputError(f"{quote(path)}: class weights {tuple(weights.shape)} of other classes, or not above 0 and finite: run "
                          "data.py check on this data set")
     return weights
 
@@ -482,10 +482,10 @@ def follow(ema: nn.Module, net: nn.Module, decay: float) -> None:
 def nonfinite(run: Run, step: int, what: str = "loss is") -> InputError:
     """The error of a step after which something is not finite, with the files of its batch."""
     items = step_items(step, seed=run.args.seed, n=len(run.data), batch=run.args.batch, rank=run.rank, world=run.world)
-    images = ", ".join(show(run.data.items[i].image) for _, i in items)
+    images = ", ".join(quote(run.data.items[i].image) for _, i in items)
     last = run.args.out / "last.pt"
     return InputError(f"step {step + 1}, rank {run.rank}: the {what} not finite; images {images}; "
-                     + f"{show(last)} is from before: " * last.exists() + "lower --lr, try --clip 1 or --amp off, or --skip-nonfinite N")
+                     + f"{quote(last)} is from before: " * last.exists() + "lower --lr, try --clip 1 or --amp off, or --skip-nonfinite N")
 
 
 def check_finite(run: Run) -> None:
@@ -564,7 +564,7 @@ def save(run: Run) -> None:
         run.unsaved = False
     except OSError as e:
         run.unsaved = True
-        tell(f"warning: step {run.step} not saved ({e}); tried again within {run.args.log_every} steps", error=True)
+        print_line(f"warning: step {run.step} not saved ({e}); tried again within {run.args.log_every} steps", error=True)
 
 
 def promote(out: Path) -> None:
@@ -595,7 +595,7 @@ def find_checkpoint(run: Run) -> tuple[Path, dict[str, Any]] | None:
             if path == found[-1]:
                 raise
             if run.rank == 0:
-                tell(f"warning: {e}; going on from {found[-1].name}", error=True)
+                print_line(f"warning: {e}; going on from {found[-1].name}", error=True)
     return None
 
 
@@ -652,8 +652,8 @@ def restore(run: Run) -> None:
         try:
             write_log(run)
         except OSError as e:
-            tell(f"warning: log.jsonl not written ({e})", error=True)
-        tell(f"resumed {path} at step {run.step} of {run.total}")
+            print_line(f"warning: log.jsonl not written ({e})", error=True)
+        print_line(f"resumed {path} at step {run.step} of {run.total}")
 
 
 # ------------------------------------------------------------------------------------------------------ the training
@@ -679,9 +679,9 @@ def say(run: Run, loss: str, speed: float) -> None:
     if on_terminal(sys.stdout):
         done = 20 * run.step // run.total
         line = f"[{'#' * done}{'.' * (20 - done)}] {line}"[:shutil.get_terminal_size().columns - 1]  # a row: more could not be taken back
-        tell(f"\r\033[K{line}", end="")
+        print_line(f"\r\033[K{line}", end="")
     else:
-        tell(line)
+        print_line(line)
 
 
 def end_epoch(run: Run, draw: Callable[..., None], saved: bool = False) -> None:
@@ -704,7 +704,7 @@ def end_epoch(run: Run, draw: Callable[..., None], saved: bool = False) -> None:
     run.sums.zero_()
     save(run)
     if run.rank == 0 and "iou" in line:
-        tell("\n" * on_terminal(sys.stdout) + f"epoch {epoch}/{run.args.epochs}  val mIoU {line['miou']}  accuracy {line['accuracy']}"
+        print_line("\n" * on_terminal(sys.stdout) + f"epoch {epoch}/{run.args.epochs}  val mIoU {line['miou']}  accuracy {line['accuracy']}"
              + (f"  of the averaged weights mIoU {line['ema_miou']}" if run.ema is not None else "")
              + "; no pixel of the validation split is labelled" * (line["miou"] is None))
     gamma = getattr(run.net.context, "gamma", None)  # a context of one's own may have another
@@ -728,7 +728,7 @@ def open_board(run: Run) -> Iterator[Callable[..., None]]:
             action()
         except OSError as e:
             if not failed:
-                tell(f"warning: TensorBoard's file not written ({e})", error=True)
+                print_line(f"warning: TensorBoard's file not written ({e})", error=True)
             failed.append(e)
 
     def draw(values: dict[str, Any], picture: Callable[[], Image.Image] | None = None) -> None:
@@ -817,15 +817,15 @@ def finish(run: Run) -> int:
     """The table of classes of the last epoch and val.png, by rank 0. Returns the exit status: 1 where the disk was full to the end."""
     if run.rank == 0:
         last, out = run.history[-1], run.args.out
-        tell(table({**last, "iou": list(last["iou"].values())}, run.data.classes))
+        print_line(table({**last, "iou": list(last["iou"].values())}, run.data.classes))
         pictures = val_sheet(run)
         try:
             write(out / "val.png", lambda f: pictures.save(f, "PNG"))
         except OSError as e:
-            tell(f"warning: val.png not written ({e})", error=True)
+            print_line(f"warning: val.png not written ({e})", error=True)
             return 1
         best = "" if run.best is None else f"best.pt (mIoU {run.best:.4f}), "
-        tell(f"in {out}: last.pt, {best}log.jsonl, val.png")
+        print_line(f"in {out}: last.pt, {best}log.jsonl, val.png")
     return int(run.unsaved)
 
 
@@ -837,13 +837,13 @@ def make_folder(path: Path) -> Any:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by the loader's processes, which outlive a killed one
         except (BlockingIOError, PermissionError):
-            raise InputError(f"--out {show(path)}: another training is writing to it: wait for it, end it, or choose another") from None
+            raise InputError(f"--out {quote(path)}: another training is writing to it: wait for it, end it, or choose another") from None
         except OSError:
             pass  # a file system without locks
         promote(path)
         return lock
     except OSError as e:
-        raise InputError(f"--out {show(path)}: {e.strerror}: choose another") from None
+        raise InputError(f"--out {quote(path)}: {e.strerror}: choose another") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -851,14 +851,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     with distributed() as (rank, world, device):
         args = parse(argv, world)
         choose_kernels(args)
-        with together(rank):
+        with fail_on_all_ranks(rank):
             run = setup(args, rank, world, device)
             lock = make_folder(args.out) if rank == 0 else nullcontext()  # no rank looks for a checkpoint before
         with lock:
             for text in notes(args) if rank == 0 else ():
-                tell(f"note: {text}", error=True)
+                print_line(f"note: {text}", error=True)
             connect(run)
-            with together(rank):
+            with fail_on_all_ranks(rank):
                 restore(run)
             if over_ranks(run, [run.step])[0] != run.step * world:
                 raise InputError(f"{args.out}: the ranks found different checkpoints: name an --out that all nodes see")
@@ -866,7 +866,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 train(run)
             except Stopped as e:
                 number, saved = e.args[0], "not saved" if over_ranks(run, [run.unsaved])[0] else "saved"
-                tell(f"rank {rank}: stopped by {signal.Signals(number).name} at step {run.step}, {saved}: the same command goes on",
+                print_line(f"rank {rank}: stopped by {signal.Signals(number).name} at step {run.step}, {saved}: the same command goes on",
                      error=True)
                 return 128 + number
             return finish(run)

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 
 import dnl
 from data import IGNORE, DataSet, decode_image, palette, read
-from evaluate import colorize, fit, load_font, load_network, open_like, read_checkpoint, sheet
+from evaluate import colorize, load_font, load_network, open_like, read_checkpoint, sheet, shorten
 from predict import (
     attention_row,
     attention_sheet,
@@ -212,7 +212,7 @@ def curves(runs: Sequence[str], names: Sequence[str] | None = None, width: int =
         best = max((e["miou"] for e in logs[i] if e["miou"] is not None), default=None)
         draw.rectangle((90, 770 + 40 * i, 130, 790 + 40 * i), color)
         text = name if best is None else f"{name}   best mIoU {best:.4f}"
-        draw.text((145, 780 + 40 * i), fit(text, font, 2 * width - 160), "black", font, anchor="lm")
+        draw.text((145, 780 + 40 * i), shorten(text, font, 2 * width - 160), "black", font, anchor="lm")
     return out.resize((width, out.height // 2), Image.Resampling.LANCZOS)
 
 

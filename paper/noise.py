@@ -26,7 +26,7 @@ import dnl
 from data import IGNORE, DataSet, eval_images
 from evaluate import load_network, open_like
 from predict import attention_inputs, require_attention
-from runtime import InputError, Parser, on_terminal, parse_flags, run_script, tell
+from runtime import InputError, Parser, on_terminal, parse_flags, print_line, run_script
 
 MAPS, NOISES = ("A", "A'", "A''"), ("inter", "intra")
 
@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     dataset = open_like(checkpoint, args.data, args.root, args.split, args.checkpoint)
     live = on_terminal(sys.stderr)
     means, counts = measure(net, dataset, queries=args.queries, seed=args.seed, device=device, workers=args.workers,
-                            progress=lambda i, n: live and tell(f"\r{i}/{n} images", error=True, end="\n" * (i == n)))
+                            progress=lambda i, n: live and print_line(f"\r{i}/{n} images", error=True, end="\n" * (i == n)))
     print(table(means, counts, dataset.classes))
     if args.json:
         print(json.dumps({"maps": as_plain(means, counts, dataset.classes), "data": dataset.name, "split": args.split,
