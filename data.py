@@ -3,8 +3,6 @@
 A training sample is a function of (seed, epoch, index) alone, whatever the workers, ranks or restarts. Labels are
 train ids 0..n-1, IGNORE (255) where there is none.
 
-    python data.py check --data synthetic|cityscapes|ade20k|folder [--root DIR] [--split S] [--workers N] [--json]
-
 Layouts beneath --root:
     cityscapes  leftImg8bit/{train,val,test}/CITY/*_leftImg8bit.png    gtFine/{train,val}/CITY/*_gtFine_labelIds.png
     ade20k      images/{training,validation}/*.jpg                     annotations/{training,validation}/*.png
@@ -14,18 +12,13 @@ Layouts beneath --root:
 
 import colorsys
 import hashlib
-import json
 import math
 import os
 import re
 import signal
 import stat
-import sys
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,7 +32,7 @@ from torch.utils.data import DataLoader
 
 import synthetic
 from cache import Copy, open_copy
-from runtime import GROUP_SIGNALS, InputError, Parser, on_terminal, print_line, quote, run_script
+from runtime import GROUP_SIGNALS, InputError, quote
 
 IGNORE = 255
 SPLITS = ("train", "val", "trainval", "test")
@@ -191,7 +184,7 @@ def open_dataset(name: str, root: Path | str | None, split: str, cache: Path | s
     full ADE20K in place of the benchmark, a bad classes.txt, a cache of synthetic scenes."""
     if cache is not None and name == "synthetic":
         raise InputError("synthetic scenes are made in memory: leave --cache out")
-    dataset, problems = _open(name, root, split)
+    dataset, problems = open_split(name, root, split)
     if problems:
         raise InputError(problems[0] + f" (and {len(problems) - 1} more)" * (len(problems) > 1))
     return dataset if cache is None else _with_copy(dataset, Path(cache))
@@ -211,7 +204,7 @@ def _with_copy(dataset: DataSet, folder: Path) -> DataSet:
     return replace(dataset, copy=copy)
 
 
-def _open(name: str, root: Path | str | None, split: str) -> tuple[DataSet, list[str]]:
+def open_split(name: str, root: Path | str | None, split: str) -> tuple[DataSet, list[str]]:
     """As open_dataset, but pairs that are not whole are left out and told in the list."""
     if name not in SETTINGS or split not in SPLITS:
         raise InputError(f"got data set {name!r}, split {split!r}; expected one of {', '.join(SETTINGS)} and one of "
@@ -604,103 +597,3 @@ def _started(loader: DataLoader) -> Iterator:
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
-
-
-def check(name: str, root: Path | str | None, split: str | None = None, *, workers: int = 0,
-          progress: bool = False) -> dict:
-    """Reads every file of the split (None: train, val, and test if there is one). Returns plain values: data, classes,
-    splits {split: {pairs, sizes {"HxW": n}, modes {"image label": n}, pixels (of each class), ignored, weights}},
-    problems (a line for each wrong file), warnings. weights: see class_weights. InputError: nothing to check."""
-    splits = [split] if split else ["train", "val"]
-    if not split and (name == "synthetic" or Path(root or "", LAYOUT[name][0], ADE_FOLDERS["test"]
-                                                  if name == "ade20k" else "test").is_dir()):
-        splits.append("test")
-    opened = [_open(name, root, s) for s in splits]  # all folders are looked at before the long part
-    problems, warned = [line for _, wrong in opened for line in wrong], []
-    parts = {d.split: _check_split(d, workers, progress, problems) for d, _ in opened}
-    classes, seen = opened[0][0].classes, np.sum([p["pixels"] for p in parts.values()], 0)
-    if len(seen) > 1 and seen[0] and not seen[1:].any() and any(p["ignored"] for p in parts.values()):
-        warned.append("the labels hold only 0 and 255 (ignored): if they are 0/255 masks, write class numbers 0 and 1")
-    warned += [f"no pixel is of the class {c!r}" for c, n in zip(classes, seen) if not n and seen.any()]
-    return {"data": name, "classes": list(classes), "splits": parts, "problems": problems, "warnings": warned}
-
-
-def _check_split(dataset: DataSet, workers: int, progress: bool, problems: list[str]) -> dict:
-    parts = [replace(dataset, items=dataset.items[i:i + 16]) for i in range(0, len(dataset), 16)]
-    pixels, sizes, modes, done = np.zeros(256, np.int64), Counter(), Counter(), 0
-    with ProcessPoolExecutor(workers) if workers else nullcontext() as pool:
-        for part, report in zip(parts, (pool.map if pool else map)(_check_part, parts)):
-            for total, value in zip((pixels, sizes, modes, problems), report):
-                total += value
-            done += len(part)
-            last, live = done == len(dataset), on_terminal(sys.stderr)
-            if progress and (last or live):
-                print_line("\r" * live + f"check {dataset.split}: {done}/{len(dataset)}, {len(problems)} wrong", error=True, end="\n" * last)
-    known = pixels[:len(dataset.classes)]
-    return {"pairs": sum(sizes.values()), "sizes": dict(sizes.most_common()), "modes": dict(modes.most_common()),
-            "pixels": known.tolist(), "ignored": int(pixels[IGNORE]), "weights": class_weights(known).tolist()}
-
-
-def _check_part(dataset: DataSet) -> tuple[np.ndarray, Counter, Counter, list[str]]:
-    pixels, sizes, modes, wrong = np.zeros(256, np.int64), Counter(), Counter(), []
-    for index, item in enumerate(dataset.items):
-        try:
-            image, label = read(dataset, index)
-            modes[" ".join(_mode(dataset, path) for path in item.files)] += 1
-        except (InputError, OSError) as e:  # OSError: gone since it was read
-            wrong.append(str(e))
-            continue
-        sizes["{}x{}".format(*image.shape)] += 1
-        if label is not None:
-            pixels += np.bincount(label.ravel(), minlength=256)
-    return pixels, sizes, modes, wrong
-
-
-def _mode(dataset: DataSet, path: Path) -> str:
-    if dataset.name == "synthetic":
-        return "memory"
-    with Image.open(path, formats=FORMATS) as image:
-        return image.mode
-
-
-def class_weights(pixels: np.ndarray) -> np.ndarray:
-    """Pixels of each class (n,) to suggested weights of the loss (n,), proportional to 1/sqrt(share) and 1 in the mean
-    over the pixels, so that the loss keeps its scale; 1 for classes without a pixel."""
-    root = np.sqrt(pixels / max(1, pixels.sum()))
-    return np.where(root > 0, 1 / (np.where(root > 0, root, 1) * max(root.sum(), 1e-12)), 1.0)
-
-
-def _print_report(report: dict) -> None:
-    for split, part in report["splits"].items():
-        print(f"{report['data']} {split}: {part['pairs']} readable")
-        for what, title in ("sizes", "height x width"), ("modes", "image and label"):
-            text = ", ".join(f"{k}: {v}" for k, v in list(part[what].items())[:6])
-            print(f"  {what} ({title})  {text}" + f", {len(part[what]) - 6} others" * (len(part[what]) > 6))
-        total = max(1, sum(part["pixels"]) + part["ignored"])
-        rows = zip([*report["classes"], "(ignored)"], [*part["pixels"], part["ignored"]], [*part["weights"], 0.0])
-        for name, n, weight in rows:
-            print(f"  {name:<20} {n:>14} pixels {100 * n / total:7.3f} %   weight {weight:.3f}")
-    for line in [f"warning: {w}" for w in report["warnings"]] + [f"wrong: {p}" for p in report["problems"]]:
-        print(line)
-    print(f"{len(report['problems'])} wrong files")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Command line. Exit status 0: clean, 1: wrong files were found. InputError: unusable input."""
-    parser = Parser(prog="data.py", description="Read every file of a data set and report.")
-    parser.add_argument("action", choices=["check"])
-    parser.add_argument("--data", choices=list(SETTINGS), default="synthetic")
-    parser.add_argument("--root", help="the data set's folder")
-    parser.add_argument("--split", choices=SPLITS, help="default: all that are there")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    args = parser.parse_args(argv)
-    if args.workers < 0:
-        raise InputError(f"--workers {args.workers}: expected 0 or more")
-    report = check(args.data, args.root, args.split, workers=args.workers, progress=True)
-    print(json.dumps(report)) if args.json else _print_report(report)
-    return 1 if report["problems"] else 0
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -161,7 +161,7 @@ def optimisation_flags(p: Parser) -> None:
     g.add_argument("--deterministic", action="store_true", help="the same bits twice, also on a GPU; slower there")
     g = p.add_argument_group("beyond the paper, off by default")
     g.add_argument("--ohem", action="store_true", help="the head's loss on hard pixels only (p < 0.7, at least 100,000 a part)")
-    g.add_argument("--class-weights", metavar="FILE", help="what `data.py check --json` printed")
+    g.add_argument("--class-weights", metavar="FILE", help="what `check.py --json` printed")
     g.add_argument("--ema", type=float, default=0.0, metavar="DECAY", help="average the weights into ema.pt, e.g. 0.999")
     g.add_argument("--clip", type=float, default=0.0, metavar="NORM", help="of the gradient")
     g.add_argument("--warmup", type=int, default=0, metavar="STEPS")
@@ -237,7 +237,7 @@ def check_batch(config: dnl.Config, args: argparse.Namespace, together: int) -> 
 
 
 def read_weights(path: str, classes: Sequence[str]) -> Tensor:
-    """The weights of the classes (n,) that `data.py check --json` printed into a file."""
+    """The weights of the classes (n,) that `check.py --json` printed into a file."""
     try:
         if not os.path.isfile(path):  # a pipe would be waited for
             raise OSError("no such file")
@@ -245,10 +245,10 @@ def read_weights(path: str, classes: Sequence[str]) -> Tensor:
         splits, names = report["splits"], report["classes"]
         weights = torch.tensor(splits.get("train", next(iter(splits.values())))["weights"], dtype=torch.float32)
     except Exception as e:  # what is no such file can fail anywhere
-        raise InputError(f"{quote(path)}: no class weights ({type(e).__name__} {e}): expected what `data.py check --json` prints") from None
+        raise InputError(f"{quote(path)}: no class weights ({type(e).__name__} {e}): expected what `check.py --json` prints") from None
     if names != [*classes] or weights.shape != (len(classes),) or not ((weights > 0) & weights.isfinite()).all():
         raise InputError(f"{quote(path)}: class weights {tuple(weights.shape)} of other classes, or not above 0 and finite: run "
-                         "data.py check on this data set")
+                         "check.py on this data set")
     return weights
 
 
