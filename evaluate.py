@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 import dnl
@@ -252,57 +251,6 @@ def load_network(path: str | Path, device: torch.device | str, context: str | No
 
 
 # -------------------------------------------------------------------------------------------------------- pictures
-
-
-def colorize(ids: np.ndarray, colors: Sequence[tuple[int, int, int]]) -> Image.Image:
-    """Class ids (H, W) uint8 in the classes' colours, 255 black, as a palette image: its pixels remain the ids."""
-    image = Image.fromarray(ids)
-    image.putpalette([c for color in colors for c in color] + [0] * (768 - 3 * len(colors)))
-    return image
-
-
-def load_font(size: int) -> ImageFont.FreeTypeFont:
-    """A font of the system with the letters of many languages, where there is one; else Pillow's own, which has ASCII alone."""
-    for name in ("DejaVuSans.ttf", "Arial.ttf"):
-        try:
-            return ImageFont.truetype(name, size)
-        except OSError:
-            continue
-    return ImageFont.load_default(size)
-
-
-def shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """The text, with dots for its end where it is wider than `width` pixels."""
-    if font.getlength(text) <= width:
-        return text
-    return next((text[:n] + "..." for n in range(len(text), 0, -1) if font.getlength(text[:n] + "...") <= width), "...")
-
-
-def sheet(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], classes: Sequence[str],
-          colors: Sequence[tuple[int, int, int]], width: int = 320) -> Image.Image:
-    """Rows of pictures under titles, and below them a legend of the classes. Each picture is `width` wide; one that would be
-    higher than 4 times that, and than 2048 pixels, is squeezed."""
-    font, gap, line = load_font(14), 6, 22
-    rows = [[im.convert("RGB").resize((width, max(1, min(max(4 * width, 2048), round(im.height * width / im.width)))),
-                                      Image.Resampling.NEAREST if im.mode == "P" else Image.Resampling.BILINEAR)
-             for im in row] for row in rows]
-    across = len(titles) * (width + gap) + gap
-    column = min(max(int(font.getlength(c)) for c in classes) + 40, max(width, 200))
-    per_line = max(1, (across - gap) // column)
-    tall = line + sum(row[0].height + gap for row in rows) + line * -(-len(classes) // per_line) + gap
-    out = Image.new("RGB", (across, tall), "white")
-    draw, y = ImageDraw.Draw(out), line
-    for i, title in enumerate(titles):
-        draw.text((gap + i * (width + gap), 3), shorten(title, font, width), "black", font)
-    for row in rows:
-        for i, im in enumerate(row):
-            out.paste(im, (gap + i * (width + gap), y))
-        y += row[0].height + gap
-    for i, (name, color) in enumerate(zip(classes, colors)):
-        left, top = gap + i % per_line * column, y + i // per_line * line
-        draw.rectangle((left, top + 2, left + 16, top + 16), tuple(color), "black")
-        draw.text((left + 22, top), shorten(name, font, column - 28), "black", font)
-    return out
 
 
 # ---------------------------------------------------------------------------------------------------------- the script

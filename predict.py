@@ -25,13 +25,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import dnl
 from data import ADE20K, CITYSCAPES, LAYOUT, decode_image, eval_items, normalize
-from evaluate import NOT_FINITE, colorize, load_font, load_network, predict, sheet, shorten
+from evaluate import NOT_FINITE, load_network, predict
+from pictures import HEAT, colorize, marked, overlay, overlay_map, sheet
 from runtime import (
     AMP,
     InputError,
@@ -48,8 +49,6 @@ from runtime import (
 
 SIDE = 2048  # of a tile, for up to 64 classes
 SERVER = {"cityscapes": tuple(CITYSCAPES), "ade20k": ADE20K}  # the classes, in the order of the network's outputs
-# from dark to light in even steps of CIE lightness (L* 15 35 55 75 95), so that equal steps of attention look equal
-HEAT = ((42, 12, 111), (151, 22, 121), (229, 78, 95), (251, 167, 57), (249, 244, 166))
 
 # ---------------------------------------------------------------------------------------------------- prediction
 
@@ -100,24 +99,6 @@ def predict_ids(net: nn.Module, image: Tensor, source: str, *, device: torch.dev
 # ---------------------------------------------------------------------------------------------------------- pictures
 
 
-def overlay(image: Tensor, title: str, ids: np.ndarray, checkpoint: dict[str, Any]) -> Image.Image:
-    """An image (H, W, 3) uint8, brought to 2048 pixels at most, half covered by its classes' colours, under a title and
-    over a legend of the classes in ids (H, W)."""
-    photo = Image.fromarray(image.numpy())
-    photo.thumbnail((2048, 2048), Image.Resampling.BILINEAR)  # it is to be looked at
-    mask = colorize(ids, checkpoint["colors"]).resize(photo.size, Image.Resampling.NEAREST).convert("RGB")
-    padded = Image.new("RGB", (max(320, photo.width), photo.height), "white")  # room for title and legend
-    padded.paste(Image.blend(photo, mask, 0.5))
-    legend = ([checkpoint[key][i] for i in np.unique(ids)] for key in ("classes", "colors"))
-    return sheet([[padded]], [title], *legend, padded.width)
-
-
-def heat(x: np.ndarray) -> np.ndarray:
-    """Values 0..1 of any shape to colours (..., 3) uint8, their lightness even in the value."""
-    points = np.linspace(0, 1, len(HEAT))
-    return np.stack([np.interp(x, points, channel) for channel in zip(*HEAT)], -1).round().astype(np.uint8)
-
-
 def attention_inputs(net: dnl.Network, image: Tensor) -> tuple[Tensor, Tensor, Tensor | None, tuple[int, int]]:
     """Q, K (1, C', N), P (1, n, N) or None without GR, in fp32, and F's size, of an image (3, H, W), 0..255, on the
     network's device."""
@@ -143,27 +124,6 @@ def attention_maps(net: dnl.Network, image: Tensor, pixel: tuple[int, int]) -> d
     if p is not None:
         maps["P_class"] = dnl.class_affinity(p, query)
     return {title: m[0, 0].unflatten(0, size).cpu() for title, m in maps.items()}
-
-
-def overlay_map(image: Image.Image, values: Tensor) -> Image.Image:
-    """A map (h, w), scaled by its own maximum, in colours over the grey picture, at the picture's size."""
-    full = dnl.resize(values[None, None], (image.height, image.width))[0, 0].numpy()
-    colors = heat(full / max(float(values.max()), 1e-30)).astype(np.float32)
-    grey = np.asarray(image.convert("L"), np.float32)[..., None] / 255
-    return Image.fromarray((0.7 * colors + 0.3 * 255 * grey).round().astype(np.uint8))
-
-
-def marked(image: Image.Image, at: tuple[float, float], caption: str) -> Image.Image:
-    """A copy with a green cross, edged in black, at (x, y), over its caption."""
-    out = Image.new("RGB", (image.width, image.height + 20), "white")
-    out.paste(image)
-    draw, (x, y), arm = ImageDraw.Draw(out), at, max(5, image.width // 28)
-    for color, width, reach in (("black", 5, arm + 1), ((0, 255, 0), 3, arm)):
-        draw.line((x - reach, y, x + reach, y), color, width)
-        draw.line((x, y - reach, x, y + reach), color, width)
-    draw.rectangle((0, image.height, *out.size), "white")
-    draw.text((0, image.height + 1), shorten(caption, load_font(14), image.width), "dimgray", load_font(14))
-    return out
 
 
 def attention_row(net: dnl.Network, image: Tensor, pixel: tuple[int, int], caption: str,

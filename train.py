@@ -52,7 +52,8 @@ from data import (
     step_items,
     train_batches,
 )
-from evaluate import VERSION, colorize, evaluate, predict, read_checkpoint, scores, sheet, table
+from evaluate import VERSION, evaluate, predict, read_checkpoint, scores, table
+from pictures import colorize, sheet
 from runtime import (
     AMP,
     InputError,

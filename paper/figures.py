@@ -21,7 +21,8 @@ from PIL import Image, ImageDraw
 
 import dnl
 from data import IGNORE, DataSet, decode_image, palette, read
-from evaluate import colorize, load_font, load_network, open_like, read_checkpoint, sheet, shorten
+from evaluate import load_network, open_like, read_checkpoint
+from pictures import colorize, load_font, sheet, shorten
 from predict import (
     attention_row,
     attention_sheet,
