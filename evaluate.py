@@ -45,6 +45,7 @@ from runtime import (
 )
 
 VERSION = 1  # of the checkpoint's layout
+SIDE = 2048  # of a tile, for up to 64 classes
 NOT_FINITE = "the network's output is not finite: try --amp off; where it stays so, its weights are spoiled: train again, at a lower --lr"
 
 # ------------------------------------------------------------------------------------------------------- metrics
@@ -130,6 +131,51 @@ def predict(net: nn.Module, image: Tensor, *, scales: Sequence[float] = (1.0,), 
         p = p if at == size else dnl.resize(p, size)
         total = p if total is None else total.add_(p)
     return total[0].div_(len(scales))
+
+
+
+
+def tile_side(num_classes: int, crop: int | None) -> int:
+    """Side of the largest square computed at once: SIDE, less where its probabilities would exceed 1 GiB, but no less
+    than --crop: who asks for larger windows has the memory."""
+    return max(min(SIDE, int((2**28 / num_classes) ** 0.5)), crop or 0)
+
+
+def spans(length: int, side: int) -> list[tuple[slice, slice]]:
+    """Tiles of at most `side` along an axis, as (seen, kept). Kept parts cover 0..length once; side // 8 pixels beyond a
+    kept part are seen, unless the image ends there."""
+    if length <= side:
+        return [(slice(0, length), slice(0, length))]
+    margin = side // 8
+    count = -(-length // (side - 2 * margin))
+    cuts = [round(i * length / count) for i in range(count + 1)]
+    return [(slice(max(0, a - margin), min(length, b + margin)), slice(a, b)) for a, b in zip(cuts, cuts[1:])]
+
+
+def tiles(size: tuple[int, int], side: int) -> list[tuple[tuple[slice, slice], tuple[slice, slice]]]:
+    """((rows, columns) seen, (rows, columns) kept) of each tile of an image; one tile up to side^2 pixels."""
+    if size[0] * size[1] <= side * side:
+        side = max(size)
+    return [((ys, xs), (yk, xk)) for ys, yk in spans(size[0], side) for xs, xk in spans(size[1], side)]
+
+
+def predict_ids(net: nn.Module, image: Tensor, source: str, *, device: torch.device, side: int = SIDE,
+                **options: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Class ids (H, W) uint8 and the top class's probability (H, W) uint8, 255 for 1, of an image (3, H, W) uint8.
+
+    Up to side^2 pixels, the argmax of `evaluate.predict`, whose options these are. Beyond, tile by tile, so that only one
+    tile's probabilities are held. InputError, which names the source, where the network's output is not finite.
+    """
+    size = tuple(image.shape[1:])
+    ids, confidence = np.empty(size, np.uint8), np.empty(size, np.uint8)
+    for seen, kept in tiles(size, side):
+        inner = tuple(slice(k.start - s.start, k.stop - s.start) for s, k in zip(seen, kept))
+        p = predict(net, image[:, *seen].to(device), **options)[:, *inner]  # (n, h, w)
+        if not p[0].isfinite().all():  # nan in one class is in all
+            raise InputError(f"{source}: {NOT_FINITE}")
+        ids[kept] = p.argmax(0).byte().cpu().numpy()
+        confidence[kept] = (p.amax(0) * 255).round().byte().cpu().numpy()
+    return ids, confidence
 
 
 def evaluate(net: nn.Module, dataset: DataSet, *, device: torch.device, rank: int = 0, world: int = 1, workers: int = 0,

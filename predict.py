@@ -30,9 +30,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import dnl
-from data import ADE20K, CITYSCAPES, LAYOUT, decode_image, eval_items, normalize
-from evaluate import NOT_FINITE, load_network, predict
-from pictures import HEAT, colorize, marked, overlay, overlay_map, sheet
+from attention import attention_row, attention_sheet, pixel_of, require_attention, require_pixel
+from data import ADE20K, CITYSCAPES, LAYOUT, decode_image, eval_items
+from evaluate import load_network, predict_ids, tile_side, tiles
+from pictures import colorize, overlay
 from runtime import (
     AMP,
     InputError,
@@ -47,102 +48,12 @@ from runtime import (
     write,
 )
 
-SIDE = 2048  # of a tile, for up to 64 classes
 SERVER = {"cityscapes": tuple(CITYSCAPES), "ade20k": ADE20K}  # the classes, in the order of the network's outputs
 
 # ---------------------------------------------------------------------------------------------------- prediction
 
 
-def tile_side(num_classes: int, crop: int | None) -> int:
-    """Side of the largest square computed at once: SIDE, less where its probabilities would exceed 1 GiB, but no less
-    than --crop: who asks for larger windows has the memory."""
-    return max(min(SIDE, int((2**28 / num_classes) ** 0.5)), crop or 0)
-
-
-def spans(length: int, side: int) -> list[tuple[slice, slice]]:
-    """Tiles of at most `side` along an axis, as (seen, kept). Kept parts cover 0..length once; side // 8 pixels beyond a
-    kept part are seen, unless the image ends there."""
-    if length <= side:
-        return [(slice(0, length), slice(0, length))]
-    margin = side // 8
-    count = -(-length // (side - 2 * margin))
-    cuts = [round(i * length / count) for i in range(count + 1)]
-    return [(slice(max(0, a - margin), min(length, b + margin)), slice(a, b)) for a, b in zip(cuts, cuts[1:])]
-
-
-def tiles(size: tuple[int, int], side: int) -> list[tuple[tuple[slice, slice], tuple[slice, slice]]]:
-    """((rows, columns) seen, (rows, columns) kept) of each tile of an image; one tile up to side^2 pixels."""
-    if size[0] * size[1] <= side * side:
-        side = max(size)
-    return [((ys, xs), (yk, xk)) for ys, yk in spans(size[0], side) for xs, xk in spans(size[1], side)]
-
-
-def predict_ids(net: nn.Module, image: Tensor, source: str, *, device: torch.device, side: int = SIDE,
-                **options: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Class ids (H, W) uint8 and the top class's probability (H, W) uint8, 255 for 1, of an image (3, H, W) uint8.
-
-    Up to side^2 pixels, the argmax of `evaluate.predict`, whose options these are. Beyond, tile by tile, so that only one
-    tile's probabilities are held. InputError, which names the source, where the network's output is not finite.
-    """
-    size = tuple(image.shape[1:])
-    ids, confidence = np.empty(size, np.uint8), np.empty(size, np.uint8)
-    for seen, kept in tiles(size, side):
-        inner = tuple(slice(k.start - s.start, k.stop - s.start) for s, k in zip(seen, kept))
-        p = predict(net, image[:, *seen].to(device), **options)[:, *inner]  # (n, h, w)
-        if not p[0].isfinite().all():  # nan in one class is in all
-            raise InputError(f"{source}: {NOT_FINITE}")
-        ids[kept] = p.argmax(0).byte().cpu().numpy()
-        confidence[kept] = (p.amax(0) * 255).round().byte().cpu().numpy()
-    return ids, confidence
-
-
 # ---------------------------------------------------------------------------------------------------------- pictures
-
-
-def attention_inputs(net: dnl.Network, image: Tensor) -> tuple[Tensor, Tensor, Tensor | None, tuple[int, int]]:
-    """Q, K (1, C', N), P (1, n, N) or None without GR, in fp32, and F's size, of an image (3, H, W), 0..255, on the
-    network's device."""
-    *_, f, p = net.features(normalize(image[None]).contiguous(memory_format=torch.channels_last))
-    q, k, _, p = net.context.inputs(f, p)
-    return q, k, p, tuple(f.shape[2:])
-
-
-@torch.inference_mode()
-def attention_maps(net: dnl.Network, image: Tensor, pixel: tuple[int, int]) -> dict[str, Tensor]:
-    """What a pixel (x, y) of an image (3, H, W) receives: its rows of A, A', A'' (Fig. 4) and P_class, title -> (h, w) at
-    F's size, float32 on the CPU. Maps of parts that the network lacks are left out. The image is taken whole."""
-    q, k, p, size = attention_inputs(net, image)
-    # nearest, corners on corners
-    x, y = (round(at * (n - 1) / max(1, m - 1)) for at, n, m in zip(pixel, size[::-1], (image.shape[2], image.shape[1])))
-    query = torch.tensor([y * size[1] + x], device=image.device)
-    a, rectified, retained = dnl.denoised_maps(q, k, p, size, net.context.kernel, query)
-    maps = {"A": a}
-    if p is not None:
-        maps["A' (after GR)"] = rectified
-    if net.context.kernel:
-        maps["A'' (after LR)"] = retained
-    if p is not None:
-        maps["P_class"] = dnl.class_affinity(p, query)
-    return {title: m[0, 0].unflatten(0, size).cpu() for title, m in maps.items()}
-
-
-def attention_row(net: dnl.Network, image: Tensor, pixel: tuple[int, int], caption: str,
-                  width: int) -> dict[str, Image.Image]:
-    """Title -> picture of the image, with its caption, and of each of `attention_maps` over it, the pixel marked, for a
-    sheet `width` wide. image (3, H, W) uint8 on the network's device; more than 4 times as high as wide it is squeezed."""
-    (H, W), maps = image.shape[1:], attention_maps(net, image, pixel)
-    across = max(1, (width - 6) // (len(maps) + 1) - 6)
-    small = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy()).resize(
-        (across, max(1, min(4 * across, round(H * across / W)))), Image.Resampling.BILINEAR)
-    at = ((pixel[0] + 0.5) * small.width / W, (pixel[1] + 0.5) * small.height / H)
-    return {"pixel, predicted class": marked(small, at, caption)} | {
-        title: marked(overlay_map(small, m), at, f"max {m.max():.3g}") for title, m in maps.items()}
-
-
-def attention_sheet(rows: Sequence[dict[str, Image.Image]]) -> Image.Image:
-    """Rows of `attention_row` under their titles, and the colour scale: each map goes to its own maximum (Figs. 1, 11)."""
-    return sheet([[*row.values()] for row in rows], [*rows[0]], ("0", "1/4", "1/2", "3/4", "max"), HEAT,
-                 next(iter(rows[0].values())).width)
 
 
 def attention_page(net: dnl.Network, image: Tensor, pixel: tuple[int, int], caption: str, *, device: torch.device,
@@ -239,30 +150,6 @@ class _Images:
 
 
 # -------------------------------------------------------------------------------------------------------- the script
-
-
-def pixel_of(text: str) -> tuple[int, int]:
-    """X,Y as given on the command line."""
-    try:
-        x, y = map(int, text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected X,Y in whole pixels, as 120,200") from None
-    return x, y
-
-
-def require_pixel(pixel: tuple[int, int], W: int, H: int, source: Path | str) -> None:
-    """InputError unless the pixel (x, y) lies in the image of W x H that `source` names."""
-    x, y = pixel
-    if not (0 <= x < W and 0 <= y < H):
-        raise InputError(f"{quote(source)}: pixel {x},{y} is outside of the image of {W}x{H} (width x height); expected X "
-                        f"0..{W - 1}, Y 0..{H - 1}")
-
-
-def require_attention(net: dnl.Network, source: str) -> None:
-    """InputError unless the network has the maps A, A', A''. source: the checkpoint, for the message."""
-    if not isinstance(net.context, dnl.DenoisedNonLocal):
-        raise InputError(f"{source}: context {net.config.context!r} has no attention maps A, A', A''; "
-                        "give a checkpoint trained with --context dnl or nl")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
