@@ -31,8 +31,9 @@ from torch.utils.data import DataLoader
 
 import dnl
 from attention import attention_row, attention_sheet, pixel_of, require_attention, require_pixel
+from checkpoint import load_network
 from data import ADE20K, CITYSCAPES, LAYOUT, decode_image, eval_items
-from evaluate import load_network, predict_ids, tile_side, tiles
+from evaluate import predict_ids, tile_side, tiles
 from pictures import colorize, overlay
 from runtime import (
     AMP,

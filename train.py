@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 import dnl
+from checkpoint import VERSION, promote, read_checkpoint
 from data import (
     IGNORE,
     SETTINGS,
@@ -52,7 +53,7 @@ from data import (
     step_items,
     train_batches,
 )
-from evaluate import VERSION, evaluate, predict, read_checkpoint, scores, table
+from evaluate import evaluate, predict, scores, table
 from pictures import colorize, sheet
 from runtime import (
     AMP,
@@ -566,14 +567,6 @@ def save(run: Run) -> None:
     except OSError as e:
         run.unsaved = True
         print_line(f"warning: step {run.step} not saved ({e}); tried again within {run.args.log_every} steps", error=True)
-
-
-def promote(out: Path) -> None:
-    """Make new.pt, where there is one, the last.pt: the end of `save`, and of one that was killed here."""
-    if (out / "new.pt").exists():
-        if (out / "last.pt").exists():
-            os.replace(out / "last.pt", out / "last.prev.pt")
-        os.replace(out / "new.pt", out / "last.pt")
 
 
 def write_log(run: Run) -> None:

@@ -24,8 +24,8 @@ from torch import Tensor
 
 import dnl
 from attention import attention_inputs, require_attention
+from checkpoint import load_network, open_like
 from data import IGNORE, DataSet, eval_images
-from evaluate import load_network, open_like
 from runtime import InputError, Parser, on_terminal, parse_flags, print_line, run_script
 
 MAPS, NOISES = ("A", "A'", "A''"), ("inter", "intra")

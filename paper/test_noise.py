@@ -9,7 +9,7 @@ import torch
 
 import data
 import dnl
-from evaluate import VERSION
+from checkpoint import VERSION
 from paper import noise
 
 
