@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data import ADE_FOLDERS, FORMATS, IGNORE, LAYOUT, SETTINGS, SPLITS, DataSet, open_split, read
+from data import ADE_FOLDERS, FORMATS, IGNORE, LAYOUT, NAMES, SPLITS, DataSet, open_split, read
 from runtime import InputError, Parser, print_progress, run_script
 
 
@@ -101,7 +101,7 @@ def _print_report(report: dict) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Command line. Exit status 0: clean, 1: wrong files were found. InputError: unusable input."""
     parser = Parser(description="Read every file of a data set and report.")
-    parser.add_argument("--data", choices=list(SETTINGS), default="synthetic")
+    parser.add_argument("--data", choices=NAMES, default="synthetic")
     parser.add_argument("--root", help="the data set's folder")
     parser.add_argument("--split", choices=SPLITS, help="default: all that are there")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import dnl
-from data import IGNORE, SETTINGS, DataSet, open_dataset
+from data import IGNORE, NAMES, DataSet, open_dataset
 from runtime import AMP, InputError, find_factory, quote
 
 VERSION = 1  # of the checkpoint's layout
@@ -65,7 +65,7 @@ def invalid_fields(checkpoint: dict[str, Any]) -> list[str]:
     right = {"config": c.keys() == default.keys() and all(type(c[k]) is type(default[k]) for k in c),
              "classes": 0 < len(set(names)) == len(names) == c.get("num_classes") <= IGNORE and all(map(str.isprintable, names)),
              "colors": len(colors) == len(names) and all(len(x) == 3 and 0 <= min(x) <= max(x) <= 255 for x in colors),
-             "data": checkpoint["data"] in SETTINGS, "amp": checkpoint["amp"] in AMP}
+             "data": checkpoint["data"] in NAMES, "amp": checkpoint["amp"] in AMP}
     return [name for name in right if not right[name]]
 
 

@@ -35,6 +35,7 @@ from cache import Copy, open_copy
 from runtime import GROUP_SIGNALS, InputError, quote
 
 IGNORE = 255
+NAMES = ("synthetic", "cityscapes", "ade20k", "folder")
 SPLITS = ("train", "val", "trainval", "test")
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet, 0..255
 PAD = (124, 116, 104)  # MEAN, rounded: close to 0 once normalized
@@ -48,27 +49,7 @@ def palette(n: int) -> tuple[tuple[int, int, int], ...]:
 
 # ---- settings and classes
 
-@dataclass(frozen=True)
-class Settings:
-    """Training settings of a data set. batch: total over all ranks. relative: the scale is that of the short side to
-    the crop (ADE20K) and not that of the image. channels: C of the paper, of the reduced feature."""
-    lr: float
-    weight_decay: float
-    crop: int
-    batch: int
-    epochs: int
-    backbone: str
-    channels: int = 512
-    scale: tuple[float, float] = (0.5, 2.0)
-    relative: bool = False
 
-
-SETTINGS = {  # cityscapes and ade20k: the paper's, section IV
-    "synthetic": Settings(3e-2, 5e-4, 112, 8, 4, "resnet18", 128, (0.8, 1.25)),
-    "cityscapes": Settings(1e-2, 5e-4, 768, 8, 240, "resnet101"),
-    "ade20k": Settings(2e-2, 1e-4, 608, 16, 240, "resnet101", relative=True),
-    "folder": Settings(1e-2, 5e-4, 512, 8, 100, "resnet50"),
-}
 CITYSCAPES = {  # train id order: name, label id, colour
     "road": (7, 128, 64, 128), "sidewalk": (8, 244, 35, 232), "building": (11, 70, 70, 70),
     "wall": (12, 102, 102, 156), "fence": (13, 190, 153, 153), "pole": (17, 153, 153, 153),
@@ -206,8 +187,8 @@ def _with_copy(dataset: DataSet, folder: Path) -> DataSet:
 
 def open_split(name: str, root: Path | str | None, split: str) -> tuple[DataSet, list[str]]:
     """As open_dataset, but pairs that are not whole are left out and told in the list."""
-    if name not in SETTINGS or split not in SPLITS:
-        raise InputError(f"got data set {name!r}, split {split!r}; expected one of {', '.join(SETTINGS)} and one of "
+    if name not in NAMES or split not in SPLITS:
+        raise InputError(f"got data set {name!r}, split {split!r}; expected one of {', '.join(NAMES)} and one of "
                         f"{', '.join(SPLITS)}")
     if (name == "synthetic") != (root is None):
         raise InputError(f"{name} is read from files: name its folder by --root DIR" if root is None else
@@ -427,11 +408,10 @@ def _range_error(bad: np.ndarray, dataset: DataSet) -> str:
 # ---- augmentation
 
 def sample(dataset: DataSet, seed: int, epoch: int, index: int, crop: int,
-           scale: tuple[float, float] = (0.5, 2.0)) -> tuple[Tensor, Tensor, Tensor]:
+           scale: tuple[float, float] = (0.5, 2.0), relative: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Training sample: image (3, crop, crop) uint8, label (crop, crop) uint8, colour factors (4,) float32 for
     color_jitter. A pure function of its arguments. Raises InputError that names the file."""
     rng = np.random.default_rng((seed, epoch, index))
-    relative = SETTINGS[dataset.name].relative
     image, label = augment(*read(dataset, index), crop, scale, relative, rng)
     return torch.from_numpy(image).permute(2, 0, 1).contiguous(), torch.from_numpy(label), draw_jitter(rng)
 
@@ -521,7 +501,7 @@ def step_items(step: int, *, seed: int, n: int, batch: int, rank: int = 0, world
 
 
 def train_batches(dataset: DataSet, *, seed: int, batch: int, start: int, stop: int, rank: int, world: int, crop: int,
-                  scale: tuple[float, float] = (0.5, 2.0), workers: int = 0,
+                  scale: tuple[float, float] = (0.5, 2.0), relative: bool = False, workers: int = 0,
                   pin: bool = False) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """This rank's share, b = batch // world, of the steps start..stop-1: images (b, 3, crop, crop) uint8, labels
     (b, crop, crop) uint8, factors (b, 4) float32. Raises InputError, at once or at the step of a wrong file."""
@@ -529,7 +509,7 @@ def train_batches(dataset: DataSet, *, seed: int, batch: int, start: int, stop: 
         raise InputError(f"{dataset.name} {dataset.split} has no ground truth to train on: choose --split train")
     items = partial(step_items, seed=seed, n=len(dataset), batch=batch, rank=rank, world=world)
     items(0)  # raises if there is not one batch
-    return _batches(partial(_train_item, dataset, seed, crop, scale), workers, collate_fn=_collate, pin_memory=pin,
+    return _batches(partial(_train_item, dataset, seed, crop, scale, relative), workers, collate_fn=_collate, pin_memory=pin,
                     batch_sampler=map(items, range(start, stop)))
 
 
@@ -545,9 +525,9 @@ def eval_images(dataset: DataSet, rank: int, world: int,
                     batch_size=None)
 
 
-def _train_item(dataset: DataSet, seed: int, crop: int, scale: tuple[float, float],
+def _train_item(dataset: DataSet, seed: int, crop: int, scale: tuple[float, float], relative: bool,
                 key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    return sample(dataset, seed, *key, crop, scale)
+    return sample(dataset, seed, *key, crop, scale, relative)
 
 
 def _eval_item(dataset: DataSet, index: int) -> tuple[int, np.ndarray, np.ndarray | None]:
@@ -596,4 +576,3 @@ def _started(loader: DataLoader) -> Iterator:
         return iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
-

@@ -45,8 +45,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import dnl
 from paper.peers import attention
+from recipe import losses
 from runtime import AMP, Parser, choose_amp, run_script
-from train import losses
 
 SIZE = (48, 48)  # N = 2304, the paper's 768 x 768 at stride 16
 LARGE = ((64, 128), (128, 256))  # N = 8192; 32768, of an image of 2048 x 4096
