@@ -5,13 +5,14 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 import dnl
 from data import normalize
-from pictures import HEAT, marked, overlay_map, sheet
+from pictures import HEAT, heat, marked, sheet
 from runtime import InputError, quote
 
 
@@ -40,6 +41,14 @@ def attention_maps(net: dnl.Network, image: Tensor, pixel: tuple[int, int]) -> d
     if p is not None:
         maps["P_class"] = dnl.class_affinity(p, query)
     return {title: m[0, 0].unflatten(0, size).cpu() for title, m in maps.items()}
+
+
+def overlay_map(image: Image.Image, values: Tensor) -> Image.Image:
+    """A map (h, w), scaled by its own maximum, in colours over the grey picture, at the picture's size."""
+    full = dnl.resize(values[None, None], (image.height, image.width))[0, 0].numpy()
+    colors = heat(full / max(float(values.max()), 1e-30)).astype(np.float32)
+    grey = np.asarray(image.convert("L"), np.float32)[..., None] / 255
+    return Image.fromarray((0.7 * colors + 0.3 * 255 * grey).round().astype(np.uint8))
 
 
 def attention_row(net: dnl.Network, image: Tensor, pixel: tuple[int, int], caption: str,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import dnl
 from data import IGNORE, NAMES, DataSet, open_dataset
-from runtime import AMP, InputError, find_factory, quote
+from runtime import AMP, InputError, import_factory, quote
 
 VERSION = 1  # of the checkpoint's layout
 FIELDS = {"model": {str: Tensor}, "config": {str: (str, int, float)}, "data": str, "root": (str, type(None)), "classes": [str],
@@ -82,7 +82,7 @@ def check_weights(model: dict[str, Tensor], blank: nn.Module, size: int) -> None
         raise ValueError("the model's weights are not all finite")
 
 
-def promote(out: Path) -> None:
+def finish_save(out: Path) -> None:
     """Make new.pt, where there is one, the last.pt: the end of `save`, and of one that was killed here."""
     if (out / "new.pt").exists():
         if (out / "last.pt").exists():
@@ -100,7 +100,7 @@ def load_network(path: str | Path, device: torch.device | str, context: str | No
         config, model = dnl.Config(**checkpoint["config"]), checkpoint["model"]
         if ":" in config.context and context != config.context:
             raise InputError(f"{quote(path)}: trained with --context {quote(config.context)}; name it again to let it be imported")
-        factory = find_factory(config.context)
+        factory = import_factory(config.context)
         with torch.device("meta"):  # sizes alone: those of a broken file could be anything
             blank = dnl.build(config, factory)
         check_weights(model, blank, os.path.getsize(path))

@@ -63,7 +63,7 @@ def scores(matrix: Tensor) -> dict[str, Any]:
             "accuracy": float(hit.sum()) / float(m.sum()) if m.sum() else None, "iou": iou}
 
 
-def table(result: dict[str, Any], classes: Sequence[str]) -> str:
+def iou_table(result: dict[str, Any], classes: Sequence[str]) -> str:
     """The scores as lines for people: a row per class, then mIoU and pixel accuracy, in percent."""
     width = max(len("pixel accuracy"), *map(len, classes))
     rows = [*zip(classes, result["iou"]), ("mIoU", result["miou"]), ("pixel accuracy", result["accuracy"])]
@@ -207,7 +207,7 @@ def evaluate(net: nn.Module, dataset: DataSet, *, device: torch.device, rank: in
 # ---------------------------------------------------------------------------------------------------------- the script
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_evaluation(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments. InputError for values out of range."""
     p = Parser(description="mIoU of a checkpoint")
     p.add_argument("checkpoint")
@@ -216,7 +216,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate, and print the table from rank 0. Returns the exit status."""
-    args = parse(argv)
+    args = parse_evaluation(argv)
     with distributed(timedelta(days=1)) as (rank, world, device):  # until the slowest rank has done its share
         net, checkpoint = load_network(args.checkpoint, device, args.context)
         dataset = open_like(checkpoint, args.data, args.root, args.split, args.checkpoint)
@@ -229,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print_line("", error=True)
         result = scores(matrix)
         if rank == 0:
-            print(table(result, dataset.classes))
+            print(iou_table(result, dataset.classes))
             if args.json:
                 print(json.dumps({"miou": result["miou"], "accuracy": result["accuracy"],
                                   "iou": dict(zip(dataset.classes, result["iou"])), "images": len(dataset),

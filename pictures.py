@@ -81,14 +81,6 @@ def heat(x: np.ndarray) -> np.ndarray:
     return np.stack([np.interp(x, points, channel) for channel in zip(*HEAT)], -1).round().astype(np.uint8)
 
 
-def overlay_map(image: Image.Image, values: Tensor) -> Image.Image:
-    """A map (h, w), scaled by its own maximum, in colours over the grey picture, at the picture's size."""
-    full = dnl.resize(values[None, None], (image.height, image.width))[0, 0].numpy()
-    colors = heat(full / max(float(values.max()), 1e-30)).astype(np.float32)
-    grey = np.asarray(image.convert("L"), np.float32)[..., None] / 255
-    return Image.fromarray((0.7 * colors + 0.3 * 255 * grey).round().astype(np.uint8))
-
-
 def marked(image: Image.Image, at: tuple[float, float], caption: str) -> Image.Image:
     """A copy with a green cross, edged in black, at (x, y), over its caption."""
     out = Image.new("RGB", (image.width, image.height + 20), "white")

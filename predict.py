@@ -128,9 +128,9 @@ def check_server(out: Path, names: Sequence[str]) -> None:
              "not 2048x1024": [name for name in expected & there if Image.open(out / name).size != (2048, 1024)]}
     for what, files in lists.items():
         if files:
-            say(f"{len(files)} {what}: {_some(sorted(files))}")
+            print_over_progress(f"{len(files)} {what}: {_some(sorted(files))}")
     if len(there) != 1525:
-        say(f"{len(there)} files; the server expects the 1525 of the test split")
+        print_over_progress(f"{len(there)} files; the server expects the 1525 of the test split")
 
 
 def _some(names: Sequence[Path | str], most: int = 20) -> str:
@@ -153,7 +153,7 @@ class _Images:
 # -------------------------------------------------------------------------------------------------------- the script
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_prediction(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments. InputError for values out of range."""
     p = Parser(description="Masks and pictures of images")
     p.add_argument("checkpoint")
@@ -208,14 +208,14 @@ def save(picture: Image.Image, target: Path) -> None:
         raise InputError(f"{quote(target)}: cannot be written ({e.strerror}): make room or choose another --out") from e
 
 
-def say(line: str, end: str = "\n") -> None:
+def print_over_progress(line: str, end: str = "\n") -> None:
     """A line on standard error; on a terminal it replaces the progress line, and end "" makes it one."""
     terminal = on_terminal(sys.stderr)
     if end or terminal:
         print_line(("\r\033[K" if terminal else "") + line, error=True, end=end)
 
 
-def reason(e: Exception, path: Path) -> str:
+def failure_line(e: Exception, path: Path) -> str:
     """The line that tells why an image has no result. Raises e where it does not come from the image."""
     if isinstance(e, InputError):
         return str(e)
@@ -226,7 +226,7 @@ def reason(e: Exception, path: Path) -> str:
     return f"{quote(path)}: no result ({type(e).__name__}: {e}): convert it, or remove it"
 
 
-def work(found: list[tuple[Path, str]], net: nn.Module, checkpoint: dict[str, Any], args: argparse.Namespace, rank: int,
+def predict_all(found: list[tuple[Path, str]], net: nn.Module, checkpoint: dict[str, Any], args: argparse.Namespace, rank: int,
          world: int, device: torch.device) -> int:
     """Do images rank, rank + world, ... Returns how many failed, over all ranks."""
     counts, start = torch.zeros(2, dtype=torch.int64), time.monotonic()
@@ -243,22 +243,22 @@ def work(found: list[tuple[Path, str]], net: nn.Module, checkpoint: dict[str, An
             counts[0] += 1
         except (ValueError, OSError, SystemError, RuntimeError, MemoryError) as e:  # of this image; the others go on
             counts[1] += 1
-            say(reason(e, path))
+            print_over_progress(failure_line(e, path))
         if rank == 0:
             rate = counts.sum() * world / (time.monotonic() - start)
-            say(f"{index + 1}/{len(found)} images, {rate:.2f} images/s", end="")
+            print_over_progress(f"{index + 1}/{len(found)} images, {rate:.2f} images/s", end="")
     if world > 1:
         dist.all_reduce(counts)
     done, failed = counts.tolist()
     if rank == 0:
-        say(f"{done} images to {quote(args.out)}, {done / (time.monotonic() - start):.2f} images/s"
+        print_over_progress(f"{done} images to {quote(args.out)}, {done / (time.monotonic() - start):.2f} images/s"
             + f"; {failed} failed, named above" * (failed > 0))
     return failed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Predict every image. Exit status 1 where one of them failed."""
-    args = parse(argv)
+    args = parse_prediction(argv)
     found, others = find_images(args.images, args.out)
     found = server_names(found) if args.format == "cityscapes" else found
     check_targets(found, args.out, endings(args))
@@ -270,10 +270,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.attention:
             require_attention(net, args.checkpoint)
         if others and rank == 0:
-            say(f"left out, without an image's ending: {_some(others)}")
+            print_over_progress(f"left out, without an image's ending: {_some(others)}")
         if world > 1:
             dist.barrier()  # no rank writes while another still looks for images
-        failed = work(found, net, checkpoint, args, rank, world, device)
+        failed = predict_all(found, net, checkpoint, args, rank, world, device)
         if args.format == "cityscapes" and rank == 0:
             check_server(args.out, [name for _, name in found])
     return 1 if failed else 0

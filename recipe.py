@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 import dnl
 from data import IGNORE, DataSet
-from runtime import AMP, InputError, Parser, find_factory, quote
+from runtime import AMP, InputError, Parser, import_factory, quote
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ def pixel_losses(logits: Tensor, label: Tensor, weight: Tensor | None = None) ->
                       for x, y in zip(logits.split(1), label.split(1))])
 
 
-def hardest(pixels: Tensor, threshold: float = 0.7, at_least: int = 100_000) -> Tensor:
-    """OHEM: a mask of the pixels whose true class has a probability below the threshold, the hardest `at_least` in any case."""
+def ohem_mask(pixels: Tensor, threshold: float = 0.7, at_least: int = 100_000) -> Tensor:
+    """OHEM: a mask of the pixels whose true class has a probability below the threshold, the ohem_mask `at_least` in any case."""
     known = pixels.flatten()[pixels.flatten() > 0]
     if known.numel() <= at_least:
         return pixels > 0
@@ -84,7 +84,7 @@ OPERATIONAL = ("root", "out", "resume", "workers", "log_every", "save_every", "r
                "tensorboard", "skip_nonfinite")  # these leave the result alone
 
 
-def parser() -> Parser:
+def training_parser() -> Parser:
     """The flags. Those marked * default to the paper's settings for the data set."""
     p = Parser(description="Train Denoised Non-Local. Defaults are in brackets; flags marked * have the paper's, or fitting "
                            "ones, for --data.")
@@ -141,9 +141,9 @@ def optimisation_flags(p: Parser) -> None:
     g.add_argument("--freeze-bn", action="store_true", help="keep the backbone's BatchNorm statistics")
 
 
-def parse(argv: Sequence[str] | None, world: int) -> argparse.Namespace:
+def parse_training(argv: Sequence[str] | None, world: int) -> argparse.Namespace:
     """The arguments, those that depend on --data filled in. InputError for what cannot be trained with."""
-    args = parser().parse_args(argv)
+    args = training_parser().parse_args(argv)
     long = args.epochs is None and args.data == "cityscapes" and args.split == "trainval"
     for name, value in asdict(SETTINGS[args.data]).items():
         if getattr(args, name, value) is None:
@@ -178,7 +178,7 @@ def parse(argv: Sequence[str] | None, world: int) -> argparse.Namespace:
     return args
 
 
-def notes(args: argparse.Namespace) -> list[str]:
+def recipe_warnings(args: argparse.Namespace) -> list[str]:
     """What of the paper's recipe these arguments leave, where it is known to move the score."""
     paper = SETTINGS[args.data]
     if args.data not in ("cityscapes", "ade20k"):
@@ -200,7 +200,7 @@ def check_batch(config: dnl.Config, args: argparse.Namespace, together: int) -> 
     together: images that one BatchNorm sees at a time.
     """
     with torch.device("meta"):
-        net = set_mode(dnl.build(config, find_factory(config.context)), args.freeze_bn)
+        net = set_mode(dnl.build(config, import_factory(config.context)), args.freeze_bn)
         try:
             net(torch.empty(together, 3, args.crop, args.crop), full_size=False)
         except ValueError as e:

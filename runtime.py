@@ -122,7 +122,7 @@ def parse_flags(p: argparse.ArgumentParser, argv: Sequence[str] | None, *names: 
     return args
 
 
-def find_factory(context: str) -> Callable[[int, int], nn.Module] | None:
+def import_factory(context: str) -> Callable[[int, int], nn.Module] | None:
     """The factory that `MODULE:FACTORY` names, imported; None for the built-in contexts. InputError when there is none."""
     if ":" not in context:
         return None

@@ -38,7 +38,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import dnl
-from checkpoint import VERSION, promote, read_checkpoint
+from checkpoint import VERSION, finish_save, read_checkpoint
 from data import (
     IGNORE,
     DataSet,
@@ -49,18 +49,19 @@ from data import (
     step_items,
     train_batches,
 )
-from evaluate import evaluate, predict, scores, table
+from evaluate import evaluate, iou_table, predict, scores
 from pictures import colorize, sheet
 from recipe import (
     SETTINGS,
     check_batch,
     configuration,
-    hardest,
     losses,
-    notes,
+    ohem_mask,
+    parse_training,
     pixel_losses,
     rate,
     read_weights,
+    recipe_warnings,
     set_mode,
     settings_of,
     step_seed,
@@ -72,7 +73,7 @@ from runtime import (
     choose_kernels,
     distributed,
     fail_on_all_ranks,
-    find_factory,
+    import_factory,
     on_terminal,
     print_line,
     quote,
@@ -149,7 +150,7 @@ def setup(args: argparse.Namespace, rank: int, world: int, device: torch.device)
         config = configuration(args, len(data.classes))
         check_batch(config, args, args.batch // args.accumulate // (1 if sync else world))
         torch.manual_seed(args.seed)
-        net = dnl.build(config, find_factory(config.context))
+        net = dnl.build(config, import_factory(config.context))
     except (TypeError, ValueError) as e:  # TypeError: of a factory
         raise e if isinstance(e, InputError) else InputError(str(e)) from None
     if args.weights != "none" and rank == 0:  # `connect` hands rank 0's to the others
@@ -204,7 +205,7 @@ def read_backbone(net: dnl.Network, args: argparse.Namespace) -> None:
         raise InputError(f"--weights {args.weights}: {what}: {mend}") from None
 
 
-def over_ranks(run: Run, facts: Sequence[float]) -> list[float]:
+def sum_over_ranks(run: Run, facts: Sequence[float]) -> list[float]:
     """The sums over all ranks of plain numbers on the CPU, by gloo: a GPU is not waited for."""
     t = torch.tensor(facts, dtype=torch.float64)
     if run.world > 1:
@@ -229,7 +230,7 @@ def part_losses(run: Run, x: Tensor, y: Tensor, labelled: float) -> Tensor:
     if not run.args.ohem:
         return losses(outputs, y, labelled, weight)
     with torch.no_grad():
-        hard = hardest(pixel_losses(outputs[0], y))  # by probability, whatever the class weighs
+        hard = ohem_mask(pixel_losses(outputs[0], y))  # by probability, whatever the class weighs
     pixels = pixel_losses(outputs[0], y, weight)
     kept = count_labelled(run, y, hard).float()
     if run.world > 1:
@@ -256,7 +257,7 @@ def train_step(run: Run, batch: Sequence[Tensor], labelled: float) -> Tensor | N
             part = part_losses(run, normalize(color_jitter(x, factors)), y, labelled)
             run.scaler.scale((part * run.weights).sum() * run.world).backward()  # DDP averages over ranks
         share += part.detach()
-    if args.skip_nonfinite and over_ranks(run, [not finite(run, share)])[0]:
+    if args.skip_nonfinite and sum_over_ranks(run, [not finite(run, share)])[0]:
         run.skipped += 1
         if run.skipped > args.skip_nonfinite:
             run.recent.append((run.step, share))
@@ -303,7 +304,7 @@ def check_finite(run: Run) -> None:
     """Look at the losses since the last look (this waits for the device). InputError where one is not finite."""
     steps, run.recent = run.recent, []
     bad = (~torch.stack([share for _, share in steps]).isfinite().all(1)).nonzero().flatten().tolist() if steps else []
-    elsewhere = over_ranks(run, [bool(bad)])[0]
+    elsewhere = sum_over_ranks(run, [bool(bad)])[0]
     if bad:
         raise nonfinite(run, steps[bad[0]][0])
     if elsewhere:
@@ -325,7 +326,7 @@ def validate(run: Run, net: nn.Module) -> dict[str, Any]:
         matrix = evaluate(net, run.val, device=run.device, rank=run.rank, world=run.world, workers=run.args.workers,
                           amp=AMP[run.args.amp], progress=look)
     except InputError:  # of all ranks, or of none
-        stop_if(run, over_ranks(run, [len(run.caught)])[0])
+        stop_if(run, sum_over_ranks(run, [len(run.caught)])[0])
         raise
     return scores(matrix)
 
@@ -341,7 +342,7 @@ def stop_if(run: Run, signals: float) -> None:
 
 def state_of(run: Run) -> dict[str, Any]:
     """The checkpoint: one dict of tensors and plain values, readable with weights_only. Call on all ranks: it sums over them."""
-    sums = torch.tensor(over_ranks(run, run.sums.tolist()), dtype=torch.float64)
+    sums = torch.tensor(sum_over_ranks(run, run.sums.tolist()), dtype=torch.float64)
     return {"version": VERSION, "model": run.net.state_dict(), "optimizer": {"state": run.optimizer.state_dict()["state"]},
             "scaler": run.scaler.state_dict(), "ema": run.ema.state_dict() if run.ema is not None else None,
             "config": asdict(run.net.config), "settings": run.settings, "data": run.data.name,
@@ -370,7 +371,7 @@ def save(run: Run) -> None:
             averaged = state | {"model": state["ema"], "settings": state["settings"] | {"averaged": True}}  # nothing to train on from
             write(out / "ema.pt", lambda f: torch.save(averaged, f))
         write(out / "new.pt", lambda f: torch.save(state, f))
-        promote(out)
+        finish_save(out)
         write_log(run)
         run.unsaved = False
     except OSError as e:
@@ -387,7 +388,7 @@ def write_log(run: Run) -> None:
 def find_checkpoint(run: Run) -> tuple[Path, dict[str, Any]] | None:
     """--resume's file; for auto the newest whole one of the run's folder, None where there is none at all."""
     if run.args.resume != "auto":
-        if there(run, "last.pt").get("settings", run.settings) != run.settings:
+        if read_if_readable(run, "last.pt").get("settings", run.settings) != run.settings:
             raise InputError(f"--out {run.args.out}: holds a run of other settings, which this one would replace: choose another")
         return Path(run.args.resume), read_checkpoint(run.args.resume)
     found = [p for p in (run.args.out / "last.pt", run.args.out / "last.prev.pt") if p.exists()]
@@ -420,7 +421,7 @@ def check_state(run: Run, state: dict[str, Any]) -> None:
         raise ValueError(f"damaged: {', '.join(wrong)} of no run of these settings: give another, or train again")
 
 
-def there(run: Run, name: str) -> dict[str, Any]:
+def read_if_readable(run: Run, name: str) -> dict[str, Any]:
     """The checkpoint of that name in the run's folder; empty where there is none that can be read."""
     try:
         return read_checkpoint(run.args.out / name)
@@ -446,7 +447,7 @@ def restore(run: Run) -> None:
         run.optimizer.load_state_dict(run.optimizer.state_dict() | {"state": state["optimizer"]["state"]})
         run.scaler.load_state_dict(state["scaler"])
         run.step, run.history, run.skipped = state["step"], state["history"], state["skipped"]
-        best = there(run, "best.pt") if run.rank == 0 else {}
+        best = read_if_readable(run, "best.pt") if run.rank == 0 else {}
         run.best = float(best["best"]) if best.get("settings") == run.settings else None
         run.sums += state["sums"].to(run.device) if run.rank == 0 else 0
     except Exception as e:  # a field of another kind can fail in any of these
@@ -462,16 +463,16 @@ def restore(run: Run) -> None:
 # ------------------------------------------------------------------------------------------------------ the training
 
 
-def report(run: Run, draw: Callable[..., None], share: Tensor | None, speed: float) -> None:
+def log_step(run: Run, draw: Callable[..., None], share: Tensor | None, speed: float) -> None:
     """Look at the losses so far, and tell this step's. share: what `train_step` returned. speed: images/s over all ranks."""
     check_finite(run)
-    loss = math.nan if share is None else over_ranks(run, share.tolist())[0]
+    loss = math.nan if share is None else sum_over_ranks(run, share.tolist())[0]
     if run.rank == 0:
-        say(run, "left out" if share is None else f"{loss:.4f}", speed)
+        print_step(run, "left out" if share is None else f"{loss:.4f}", speed)
     draw({"step/loss": loss, "step/lr": run.lr, "step/images_per_second": speed})
 
 
-def say(run: Run, loss: str, speed: float) -> None:
+def print_step(run: Run, loss: str, speed: float) -> None:
     """The fixed line for people; on a terminal rewritten in place, with a bar."""
     memory = torch.cuda.max_memory_allocated() / 2**30 if run.device.type == "cuda" else (
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
@@ -492,7 +493,7 @@ def end_epoch(run: Run, draw: Callable[..., None], saved: bool = False) -> None:
     too, which may take long: after a kill or a signal meanwhile, validation alone is repeated. saved: that this has been done."""
     epoch, names = run.step // run.per_epoch, ("loss", "loss_res2", "loss_res3", "loss_p")
     steps = run.per_epoch - run.skipped + (run.history[-1]["skipped"] if run.history else 0)
-    means = [total / steps if steps else None for total in over_ranks(run, run.sums.tolist())]
+    means = [total / steps if steps else None for total in sum_over_ranks(run, run.sums.tolist())]
     line = {"epoch": epoch, "step": run.step, "lr": run.lr, "skipped": run.skipped,
             **dict(zip(names, means)), "miou": None}
     if epoch % run.args.eval_every == 0 or epoch == run.args.epochs:
@@ -558,11 +559,11 @@ def results(batches: Iterator[Any]) -> Iterator[Any]:
         yield e
 
 
-def agree(run: Run, batch: Any, *facts: float) -> list[float]:
+def agree_on_step(run: Run, batch: Any, *facts: float) -> list[float]:
     """Before a step: this step's labelled pixels and the facts, each summed over all ranks, so that all do the same. InputError
     on every rank where one could not read its images."""
     failed = isinstance(batch, InputError)
-    *sums, failures = over_ranks(run, [0.0 if failed else count_labelled(run, batch[1]).item(), *facts, failed])
+    *sums, failures = sum_over_ranks(run, [0.0 if failed else count_labelled(run, batch[1]).item(), *facts, failed])
     if failed:
         raise batch
     if failures:
@@ -582,7 +583,7 @@ def train(run: Run) -> None:
             end_epoch(run, draw, saved=True)
         start, first = time.monotonic(), run.step
         for batch in results(batches):
-            labelled, signals, again = agree(run, batch, len(run.caught), run.unsaved and run.step % args.log_every == 0)
+            labelled, signals, again = agree_on_step(run, batch, len(run.caught), run.unsaved and run.step % args.log_every == 0)
             if signals:
                 save(run)
             stop_if(run, signals)
@@ -592,14 +593,14 @@ def train(run: Run) -> None:
                 run.sums += share
             run.step += 1
             if run.step % args.log_every == 0 or run.step == first + 1:
-                report(run, draw, share, (run.step - first) * args.batch / (time.monotonic() - start))
+                log_step(run, draw, share, (run.step - first) * args.batch / (time.monotonic() - start))
             pause = time.monotonic()
             if run.step % run.per_epoch == 0:
                 end_epoch(run, draw)
             elif again or args.save_every and run.step % args.save_every == 0:
                 save(run)
             start += time.monotonic() - pause  # images/s are those of training
-    if over_ranks(run, [run.unsaved])[0]:
+    if sum_over_ranks(run, [run.unsaved])[0]:
         save(run)
 
 
@@ -620,7 +621,7 @@ def finish(run: Run) -> int:
     """The table of classes of the last epoch and val.png, by rank 0. Returns the exit status: 1 where the disk was full to the end."""
     if run.rank == 0:
         last, out = run.history[-1], run.args.out
-        print_line(table({**last, "iou": list(last["iou"].values())}, run.data.classes))
+        print_line(iou_table({**last, "iou": list(last["iou"].values())}, run.data.classes))
         pictures = val_sheet(run)
         try:
             write(out / "val.png", lambda f: pictures.save(f, "PNG"))
@@ -643,7 +644,7 @@ def make_folder(path: Path) -> Any:
             raise InputError(f"--out {quote(path)}: another training is writing to it: wait for it, end it, or choose another") from None
         except OSError:
             pass  # a file system without locks
-        promote(path)
+        finish_save(path)
         return lock
     except OSError as e:
         raise InputError(f"--out {quote(path)}: {e.strerror}: choose another") from None
@@ -652,23 +653,23 @@ def make_folder(path: Path) -> Any:
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, from the start or from where the run was. Returns the exit status, 128 + the signal that stopped it."""
     with distributed() as (rank, world, device):
-        args = parse(argv, world)
+        args = parse_training(argv, world)
         choose_kernels(args)
         with fail_on_all_ranks(rank):
             run = setup(args, rank, world, device)
             lock = make_folder(args.out) if rank == 0 else nullcontext()  # no rank looks for a checkpoint before
         with lock:
-            for text in notes(args) if rank == 0 else ():
+            for text in recipe_warnings(args) if rank == 0 else ():
                 print_line(f"note: {text}", error=True)
             connect(run)
             with fail_on_all_ranks(rank):
                 restore(run)
-            if over_ranks(run, [run.step])[0] != run.step * world:
+            if sum_over_ranks(run, [run.step])[0] != run.step * world:
                 raise InputError(f"{args.out}: the ranks found different checkpoints: name an --out that all nodes see")
             try:
                 train(run)
             except Stopped as e:
-                number, saved = e.args[0], "not saved" if over_ranks(run, [run.unsaved])[0] else "saved"
+                number, saved = e.args[0], "not saved" if sum_over_ranks(run, [run.unsaved])[0] else "saved"
                 print_line(f"rank {rank}: stopped by {signal.Signals(number).name} at step {run.step}, {saved}: the same command goes on",
                      error=True)
                 return 128 + number

@@ -307,13 +307,13 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
+def bench_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows for people: a column for each key, figures in the units that its head names."""
     return markdown([UNITS[key][0] if key in UNITS else key for key in rows[0]],
                     [[f"{v * UNITS[key][1]:.2f}" if key in UNITS else v for key, v in row.items()] for row in rows])
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_bench(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments. InputError for what cannot be measured."""
     p = Parser(prog="python -m paper.bench", description="Time, memory and throughput on this machine")
     which = p.add_subparsers(dest="what", required=True)
@@ -340,7 +340,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one benchmark and print its table."""
-    args = parse(argv)
+    args = parse_bench(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     report: dict[str, Any] = {"machine": machine(device)}
     if args.what == "block":
@@ -352,7 +352,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         report |= loader(args.images, args.crop, args.runs)
     print(*(f"{k} {v}" for k, v in report["machine"].items()), sep=" · ")
-    print(table(report["rows"]))
+    print(bench_table(report["rows"]))
     print(*(f"{name}: {value:.3f}" for name, value in report["ratios"].items()), sep="\n")
     print(*(f"{key}: {report[key]}" for key in ("memory", "file_mb") if key in report), sep="\n")
     if args.json:

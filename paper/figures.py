@@ -229,7 +229,7 @@ def attention(args: argparse.Namespace, device: torch.device) -> Image.Image:
     return attention_sheet(rows)
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_figure(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments of the four figures."""
     main = Parser(prog="python -m paper.figures", description="The paper's figures")
     figures = main.add_subparsers(dest="figure", required=True)
@@ -268,7 +268,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw one figure."""
-    args = parse(argv)
+    args = parse_figure(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.figure == "curves":
         out = curves(args.runs, args.names, args.width)

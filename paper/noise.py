@@ -95,7 +95,7 @@ def measure(net: dnl.Network, dataset: DataSet, *, queries: int, seed: int, devi
     return (sums / counts).cpu(), counts.long().cpu()
 
 
-def table(means: Tensor, counts: Tensor, classes: Sequence[str]) -> str:
+def noise_table(means: Tensor, counts: Tensor, classes: Sequence[str]) -> str:
     """means and counts of `measure` as lines for people: a row per class, then the mean over classes."""
     width = max(len("mean"), *map(len, classes))
     heads = [f"{noise} {m}" for noise in NOISES for m in MAPS]
@@ -115,7 +115,7 @@ def as_plain(means: Tensor, counts: Tensor, classes: Sequence[str]) -> dict[str,
     return {m: dict(zip(NOISES, map(one, row, n))) for m, row, n in zip(MAPS, means, counts)}
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_noise(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments. InputError for values out of range."""
     p = Parser(prog="python -m paper.noise", description="Attention noise of a checkpoint")
     p.add_argument("checkpoint")
@@ -129,7 +129,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure a checkpoint and print its table."""
-    args = parse(argv)
+    args = parse_noise(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net, checkpoint = load_network(args.checkpoint, device, args.context)
     require_attention(net, args.checkpoint)
@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     live = on_terminal(sys.stderr)
     means, counts = measure(net, dataset, queries=args.queries, seed=args.seed, device=device, workers=args.workers,
                             progress=lambda i, n: live and print_line(f"\r{i}/{n} images", error=True, end="\n" * (i == n)))
-    print(table(means, counts, dataset.classes))
+    print(noise_table(means, counts, dataset.classes))
     if args.json:
         print(json.dumps({"maps": as_plain(means, counts, dataset.classes), "data": dataset.name, "split": args.split,
                           "images": len(dataset), "queries": args.queries, "seed": args.seed}))

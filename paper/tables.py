@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import train
+import recipe
 from data import open_dataset
 from dnl import DenoisedNonLocal, denoised_maps
 from paper import peers
@@ -137,7 +137,7 @@ METHODS = {  # by the name of the run's folder; Tables II, III and IV
     "dnl": Method("Denoised NL", (), (82.0, 83.5))}
 TABLES = {"ablation": ("none", "nl", "gr", "lr", "dnl"),
           "compare": ("none", "ppm", "aspp", "nl", "ocnet", "ccnet", "danet", "dranet", "dnl")}
-TRAIN = Path(train.__file__).resolve()
+TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
 
 @dataclass(frozen=True)
@@ -191,20 +191,20 @@ def cells_of(table: str, out: Path, seeds: Sequence[int], flags: Sequence[str]) 
 
     InputError for flags that train.py does not take, and for those that tell the cells apart.
     """
-    parser = train.parser()
+    parser = recipe.training_parser()
     own = ("out", "resume", "seed", "context", "no_gr", "no_lr")
     parser.set_defaults(**dict.fromkeys(own))
     given = [k for k in own if getattr(parser.parse_args(flags), k) is not None]
     if given:
         raise InputError(f"--{given[0].replace('_', '-')} among train.py's flags: the table sets it, leave it out")
-    cells, common = [], train.parse(flags, world=1)
+    cells, common = [], recipe.parse_training(flags, world=1)
     data = open_dataset(common.data, common.root, common.split)
-    weights = train.read_weights(common.class_weights, data.classes) if common.class_weights else None
+    weights = recipe.read_weights(common.class_weights, data.classes) if common.class_weights else None
     for seed in dict.fromkeys(seeds):
         for name in TABLES[table]:
             folder = out / f"{name}-seed{seed}"
             argv = (*flags, *METHODS[name].flags, "--seed", str(seed), "--out", str(folder))
-            settings = train.settings_of(train.parse(argv, world=1), data, weights)
+            settings = recipe.settings_of(recipe.parse_training(argv, world=1), data, weights)
             if settings["amp"] == "auto":  # chosen by the machine
                 del settings["amp"]
             cells.append(Cell(name, seed, folder, argv, settings))
@@ -343,7 +343,7 @@ def run_table(table: str, out: Path, seeds: Sequence[int], jobs: int, flags: Seq
     return 1 if failed else 0
 
 
-def parser() -> Parser:
+def tables_parser() -> Parser:
     """The flags of the three tables."""
     p = Parser(prog="python -m paper.tables", description="The paper's Tables II to V")
     tables = p.add_subparsers(dest="table", required=True)
@@ -362,7 +362,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print a table, after the runs that it needs. Returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     split = argv.index("--") if "--" in argv else len(argv)
-    args, flags = parser().parse_known_args(argv[:split])
+    args, flags = tables_parser().parse_known_args(argv[:split])
     flags += argv[split + 1:]
     if args.table == "complexity":
         if flags:
