@@ -44,14 +44,18 @@ class Copy:
             ) from None
 
 
-def open_copy(folder: Path, name: str, count: int, labelled: bool, images: Callable[[], Images]) -> Copy:
+def open_copy(
+    folder: Path, name: str, count: int, labelled: bool, images: Callable[[], Images]
+) -> Copy:
     """The copy of that name in the folder, made from `images` if it is not there. One process makes it, others wait.
 
     count: the number of items. Raises InputError where the folder cannot be used, or for a wrong image.
     """
     base = folder / name
     try:
-        copy = _find(base, count, labelled)  # a whole copy needs no lock: it may lie where nothing can be written
+        copy = _find(
+            base, count, labelled
+        )  # a whole copy needs no lock: it may lie where nothing can be written
         if copy is None:
             folder.mkdir(parents=True, exist_ok=True)
             with open(f"{base}.lock", "w") as lock:
@@ -93,7 +97,10 @@ def _make(base: Path, count: int, labelled: bool, images: Images) -> Copy:
             if label is not None:
                 f.write(label.contiguous().numpy())
             done = index + 1
-            print_progress(f"cache {quote(base)}: {done}/{count}, {f.tell() / 2**30:.2f} GiB", last=done == count)
+            print_progress(
+                f"cache {quote(base)}: {done}/{count}, {f.tell() / 2**30:.2f} GiB",
+                last=done == count,
+            )
 
     write(Path(f"{base}.bin"), fill)
     write(Path(f"{base}.json"), lambda f: f.write(json.dumps(places).encode()))

@@ -13,6 +13,7 @@ The map route (`denoised_maps`) makes A, A', A'' as Section III tells it, with F
 pictures of chosen pixels. Networks run the value route (`denoised_attention`): LR is linear in A' and its window slides over
 the keys, so it can act on the values instead, A''V = A'V~, and queries can go in chunks: exact, and no N x N map is kept.
 """
+
 from __future__ import annotations
 
 import os
@@ -63,7 +64,11 @@ def local_similarity(q: Tensor, k: Tensor, size: tuple[int, int], kernel: int = 
     r = kernel // 2
     q, k = (at_least_fp32(x).unflatten(2, size) for x in (q, k))  # (B, C', H, W)
     near = F.pad(k, (r, r, r, r))
-    return torch.stack([(q * near[:, :, y, x]).sum(1) for y, x in _windows(size, kernel)], 1).flatten(2).sigmoid()
+    return (
+        torch.stack([(q * near[:, :, y, x]).sum(1) for y, x in _windows(size, kernel)], 1)
+        .flatten(2)
+        .sigmoid()
+    )
 
 
 def local_retention(a: Tensor, s: Tensor, size: tuple[int, int], kernel: int = 3) -> Tensor:
@@ -84,8 +89,14 @@ def spread_values(v: Tensor, s: Tensor, size: tuple[int, int], kernel: int = 3) 
     return _Spread.apply(v, s.to(v.dtype), size, kernel)
 
 
-def denoised_maps(q: Tensor, k: Tensor, p: Tensor | None, size: tuple[int, int], kernel: int = 3,
-                  queries: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def denoised_maps(
+    q: Tensor,
+    k: Tensor,
+    p: Tensor | None,
+    size: tuple[int, int],
+    kernel: int = 3,
+    queries: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The map route: A, A' and A'' (Fig. 4), each (B, R, N), for the R query pixels of the (R,) indices `queries`.
 
     All N by default, at about 20 maps of memory. p None: no GR, so A' is A. kernel 0: no LR, so A'' is A'.
@@ -94,11 +105,22 @@ def denoised_maps(q: Tensor, k: Tensor, p: Tensor | None, size: tuple[int, int],
     rectified = a if p is None else global_rectify(a, class_affinity(p, queries))
     if not kernel:
         return a, rectified, rectified
-    return a, rectified, local_retention(rectified, local_similarity(q, k, size, kernel), size, kernel)
+    return (
+        a,
+        rectified,
+        local_retention(rectified, local_similarity(q, k, size, kernel), size, kernel),
+    )
 
 
-def denoised_attention(q: Tensor, k: Tensor, v: Tensor, p: Tensor | None, size: tuple[int, int], kernel: int = 3,
-                       chunk: int | None = None) -> Tensor:
+def denoised_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    p: Tensor | None,
+    size: tuple[int, int],
+    kernel: int = 3,
+    chunk: int | None = None,
+) -> Tensor:
     """The value route: A''V (the sum in eq. 3), (B, C, N), in memory linear in N, forward and backward.
 
     q, k (B, C', N), v (B, C, N), p (B, n, N) or None for no GR; kernel 0 for no LR. chunk: query pixels at a time, chosen
@@ -162,7 +184,7 @@ class _Spread(torch.autograd.Function):
         for d, (y, x) in enumerate(_windows(size, kernel)):
             out[:, :, y, x].addcmul_(s[:, d, None].unflatten(2, size), plane)
         spread = torch.empty_like(v)  # (B, C, N); to flatten `out` would put the pixels innermost
-        spread.unflatten(2, size).copy_(out[:, :, r:r + H, r:r + W])
+        spread.unflatten(2, size).copy_(out[:, :, r : r + H, r : r + W])
         return spread
 
     @staticmethod
@@ -172,7 +194,7 @@ class _Spread(torch.autograd.Function):
         v, s = ctx.saved_tensors
         (H, W), r, plane = ctx.size, ctx.kernel // 2, v.unflatten(2, ctx.size)
         padded = _frame(plane, r)
-        padded[:, :, r:r + H, r:r + W] = grad.unflatten(2, ctx.size)
+        padded[:, :, r : r + H, r : r + W] = grad.unflatten(2, ctx.size)
         grad_v, grad_s = torch.zeros_like(plane), torch.empty_like(s)
         for d, (y, x) in enumerate(_windows(ctx.size, ctx.kernel)):
             grad_v.addcmul_(s[:, d, None].unflatten(2, ctx.size), padded[:, :, y, x])
@@ -247,9 +269,10 @@ def _buffers(q, p, chunk):
 
 def _chunk_maps(q, k, p, rows, maps):
     """The chunk's rows of A and of P_class (None without GR), (B, c, N), written into `maps`."""
+
     def product(x, y, out):
         x = x[:, :, rows].transpose(1, 2)
-        return torch.bmm(x, y, out=None if out is None else out[:, :x.shape[1]])
+        return torch.bmm(x, y, out=None if out is None else out[:, : x.shape[1]])
 
     a = product(q, k, maps[0])
     a = torch.softmax(a, -1, out=None if maps[0] is None else a)
@@ -266,8 +289,16 @@ class DenoisedNonLocal(nn.Module):
     1x1 convolution of F, or whatever (B, n, H, W) the caller hands to `forward`; with num_classes 0 it must be handed.
     """
 
-    def __init__(self, channels: int, num_classes: int, *, key_channels: int | None = None, kernel: int = 3,
-                 gr: bool = True, lr: bool = True) -> None:
+    def __init__(
+        self,
+        channels: int,
+        num_classes: int,
+        *,
+        key_channels: int | None = None,
+        kernel: int = 3,
+        gr: bool = True,
+        lr: bool = True,
+    ) -> None:
         super().__init__()
         key_channels = key_channels or max(1, channels // 8)
         self.gr, self.kernel = gr, kernel if lr else 0
@@ -279,14 +310,22 @@ class DenoisedNonLocal(nn.Module):
         self.coarse = nn.Conv2d(channels, num_classes, 1) if gr and num_classes else None
         self.gamma = nn.Parameter(torch.zeros(1))
 
-    def inputs(self, f: Tensor, p: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def inputs(
+        self, f: Tensor, p: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Q, K, V and P (None without GR) of F, each (B, ., N): the arguments of `denoised_attention`."""
         if self.gr and p is None:
             if self.coarse is None:
-                raise ValueError("GR without num_classes: hand forward the class predictions p (B, n, H, W)")
+                raise ValueError(
+                    "GR without num_classes: hand forward the class predictions p (B, n, H, W)"
+                )
             p = self.coarse(f)
-        return (self.query(f).flatten(2), self.key(f).flatten(2), self.value(f).flatten(2),
-                p.flatten(2) if self.gr else None)
+        return (
+            self.query(f).flatten(2),
+            self.key(f).flatten(2),
+            self.value(f).flatten(2),
+            p.flatten(2) if self.gr else None,
+        )
 
     def forward(self, f: Tensor, p: Tensor | None = None) -> Tensor:
         """f (B, C, H, W), p (B, n, H, W) to use in the place of the module's own prediction -> F' (B, C, H, W)."""
@@ -305,7 +344,9 @@ def conv3x3(inputs: int, outputs: int, stride: int = 1, dilation: int = 1) -> nn
 
 def conv_bn_relu(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
     """3x3 convolution, BatchNorm, ReLU."""
-    return nn.Sequential(conv3x3(inputs, outputs, stride), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+    return nn.Sequential(
+        conv3x3(inputs, outputs, stride), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+    )
 
 
 class Block(nn.Module):
@@ -325,22 +366,35 @@ class Block(nn.Module):
         return F.relu(y + (x if self.downsample is None else self.downsample(x)), inplace=True)
 
 
-def basic_block(inputs: int, width: int, stride: int = 1, dilation: int = 1, shortcut: nn.Module | None = None) -> Block:
+def basic_block(
+    inputs: int, width: int, stride: int = 1, dilation: int = 1, shortcut: nn.Module | None = None
+) -> Block:
     """Two 3x3 convolutions (ResNet-18 and 34; the paper's Reduction)."""
-    return Block([conv3x3(inputs, width, stride, dilation), conv3x3(width, width, 1, dilation)], shortcut)
+    return Block(
+        [conv3x3(inputs, width, stride, dilation), conv3x3(width, width, 1, dilation)], shortcut
+    )
 
 
-def bottleneck(inputs: int, width: int, stride: int = 1, dilation: int = 1, shortcut: nn.Module | None = None) -> Block:
+def bottleneck(
+    inputs: int, width: int, stride: int = 1, dilation: int = 1, shortcut: nn.Module | None = None
+) -> Block:
     """1x1, 3x3 with the stride and the dilation, 1x1 to 4 * width (ResNet-50 and 101)."""
-    return Block([nn.Conv2d(inputs, width, 1, bias=False), conv3x3(width, width, stride, dilation),
-                  nn.Conv2d(width, 4 * width, 1, bias=False)], shortcut)
+    return Block(
+        [
+            nn.Conv2d(inputs, width, 1, bias=False),
+            conv3x3(width, width, stride, dilation),
+            nn.Conv2d(width, 4 * width, 1, bias=False),
+        ],
+        shortcut,
+    )
 
 
 LAYOUTS = {  # block, its expansion, blocks a layer, torchvision's ImageNet file
     "resnet18": (basic_block, 1, (2, 2, 2, 2), "resnet18-f37072fd"),
     "resnet34": (basic_block, 1, (3, 4, 6, 3), "resnet34-b627a593"),
     "resnet50": (bottleneck, 4, (3, 4, 6, 3), "resnet50-0676ba61"),
-    "resnet101": (bottleneck, 4, (3, 4, 23, 3), "resnet101-63fe2227")}
+    "resnet101": (bottleneck, 4, (3, 4, 23, 3), "resnet101-63fe2227"),
+}
 
 
 class ResNet(nn.Module):
@@ -357,14 +411,27 @@ class ResNet(nn.Module):
             raise ValueError(f"backbone {name!r}: expected one of {', '.join(LAYOUTS)}")
         block, expansion, depths, _ = LAYOUTS[name]
         inputs = 128 if deep_stem else 64
-        self.conv1 = nn.Sequential(*conv_bn_relu(3, 64, 2), *conv_bn_relu(64, 64), conv3x3(64, 128)) if deep_stem else (
-            nn.Conv2d(3, 64, 7, 2, 3, bias=False))
+        self.conv1 = (
+            nn.Sequential(*conv_bn_relu(3, 64, 2), *conv_bn_relu(64, 64), conv3x3(64, 128))
+            if deep_stem
+            else (nn.Conv2d(3, 64, 7, 2, 3, bias=False))
+        )
         self.bn1 = nn.BatchNorm2d(inputs)
-        plan = ((64, 1, [1]), (128, 2, [1]), (256, 1, [2]), (512, 1, [4, 8, 16] if multi_grid else [4]))
+        plan = (
+            (64, 1, [1]),
+            (128, 2, [1]),
+            (256, 1, [2]),
+            (512, 1, [4, 8, 16] if multi_grid else [4]),
+        )
         for i, ((width, stride, grid), depth) in enumerate(zip(plan, depths), 1):
             outputs = width * expansion
-            shortcut = None if stride == 1 and inputs == outputs else nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+            shortcut = (
+                None
+                if stride == 1 and inputs == outputs
+                else nn.Sequential(
+                    nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+                )
+            )
             blocks = [block(inputs, width, stride, grid[0], shortcut)]
             blocks += [block(outputs, width, 1, grid[b % len(grid)]) for b in range(1, depth)]
             self.add_module(f"layer{i}", nn.Sequential(*blocks))
@@ -372,7 +439,9 @@ class ResNet(nn.Module):
         self.channels = tuple(width * expansion for width in (128, 256, 512))
         self.recompute = False
         for m in self.modules():
-            if isinstance(m, nn.Conv2d) and not m.weight.is_meta:  # for which torch would import its compiler, for seconds
+            if (
+                isinstance(m, nn.Conv2d) and not m.weight.is_meta
+            ):  # for which torch would import its compiler, for seconds
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -386,7 +455,9 @@ class ResNet(nn.Module):
 
 
 def _recomputed(block: nn.Module, x: Tensor) -> Tensor:
-    return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _still_statistics(block)))
+    return checkpoint(
+        block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _still_statistics(block))
+    )
 
 
 @contextmanager
@@ -433,8 +504,16 @@ class Config:
 
 
 PAPER = Config()
-RELEASED = replace(PAPER, p_from="res3", aux_conv=True, refine=True, global_context=False, deep_stem=True,
-                   multi_grid=True, dropout=0.05)
+RELEASED = replace(
+    PAPER,
+    p_from="res3",
+    aux_conv=True,
+    refine=True,
+    global_context=False,
+    deep_stem=True,
+    multi_grid=True,
+    dropout=0.05,
+)
 PRESETS = {"paper": PAPER, "released": RELEASED}
 
 
@@ -444,7 +523,9 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _head(inputs: int, width: int, num_classes: int, dropout: float) -> nn.Sequential:
-    return nn.Sequential(*conv_bn_relu(inputs, width), nn.Dropout2d(dropout), nn.Conv2d(width, num_classes, 1))
+    return nn.Sequential(
+        *conv_bn_relu(inputs, width), nn.Dropout2d(dropout), nn.Conv2d(width, num_classes, 1)
+    )
 
 
 class Network(nn.Module):
@@ -484,12 +565,17 @@ class Network(nn.Module):
         """
         res2, res3, x, f, p = self.features(image)
         f = self.context(f) if p is None else self.context(f, p)
-        parts = [x, self.refine(resize(f, x.shape[2:])).to(x.dtype)]  # under autocast gamma has widened it
+        parts = [
+            x,
+            self.refine(resize(f, x.shape[2:])).to(x.dtype),
+        ]  # under autocast gamma has widened it
         if self.pool is not None:
             parts.append(self.pool(x.mean((2, 3), keepdim=True)).expand(-1, -1, *x.shape[2:]))
         outputs = [self.head(torch.cat(parts, 1))]
         if self.training:
-            outputs += [self.aux2(res2), self.aux3(res3)] + ([p] if self.config.p_supervised else [])
+            outputs += [self.aux2(res2), self.aux3(res3)] + (
+                [p] if self.config.p_supervised else []
+            )
         if full_size:
             outputs = [resize(o, image.shape[2:]) for o in outputs]
         return tuple(outputs) if self.training else outputs[0]
@@ -505,20 +591,28 @@ def build(config: Config, context: Callable[[int, int], nn.Module] | None = None
     dnl = c.context in ("dnl", "nl")
     gr, lr = (c.gr, c.lr) if c.context == "dnl" else (False, False)
     if min(c.num_classes, c.channels) < 1 or not 0 <= c.kernel <= 31 or not 0 <= c.dropout < 1:
-        raise ValueError(f"{c.num_classes} classes, {c.channels} channels, kernel {c.kernel}, dropout {c.dropout}: expected 1 or "
-                         "more, 1 or more, 0 to 31, 0 or more and below 1")
+        raise ValueError(
+            f"{c.num_classes} classes, {c.channels} channels, kernel {c.kernel}, dropout {c.dropout}: expected 1 or "
+            "more, 1 or more, 0 to 31, 0 or more and below 1"
+        )
     if c.p_from not in ("feature", "res3"):
         raise ValueError(f"p_from {c.p_from!r}: expected 'feature' or 'res3'")
     if c.p_supervised and not (gr and c.p_from == "feature"):
         raise ValueError("a supervised P needs GR with P from the feature (preset paper)")
     if not dnl and c.context != "none" and context is None:
-        raise ValueError(f"context {c.context!r}: expected dnl, nl, none, or its factory beside the configuration")
+        raise ValueError(
+            f"context {c.context!r}: expected dnl, nl, none, or its factory beside the configuration"
+        )
     if dnl:
-        module = DenoisedNonLocal(c.channels, c.num_classes if c.p_from == "feature" else 0, kernel=c.kernel, gr=gr, lr=lr)
+        module = DenoisedNonLocal(
+            c.channels, c.num_classes if c.p_from == "feature" else 0, kernel=c.kernel, gr=gr, lr=lr
+        )
     else:
         module = nn.Identity() if c.context == "none" else context(c.channels, c.num_classes)
     if not isinstance(module, nn.Module):
-        raise TypeError(f"context {c.context}: its factory returned {type(module).__name__}, expected a module")
+        raise TypeError(
+            f"context {c.context}: its factory returned {type(module).__name__}, expected a module"
+        )
     return Network(c, module)
 
 
@@ -533,12 +627,21 @@ def check_fit(module: nn.Module, state: Mapping[str, Tensor], source: str) -> No
     own = module.state_dict()
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
     unexpected = [k for k in state if k not in own]
-    shapes = [f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}" for k in own
-              if k in state and state[k].shape != own[k].shape]
+    shapes = [
+        f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}"
+        for k in own
+        if k in state and state[k].shape != own[k].shape
+    ]
     if missing or unexpected or shapes:
         lists = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-        raise ValueError(f"{source} does not fit: " + "; ".join(
-            f"{name}: {', '.join(keys[:8])}" + f" and {len(keys) - 8} more" * (len(keys) > 8) for name, keys in lists if keys))
+        raise ValueError(
+            f"{source} does not fit: "
+            + "; ".join(
+                f"{name}: {', '.join(keys[:8])}" + f" and {len(keys) - 8} more" * (len(keys) > 8)
+                for name, keys in lists
+                if keys
+            )
+        )
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -555,7 +658,9 @@ def load_backbone(backbone: ResNet, name: str, weights: str) -> None:
     """
     if weights == "imagenet":
         if not isinstance(backbone.conv1, nn.Conv2d):
-            raise ValueError("weights imagenet: those files have the plain stem; give a file in the layout of resnet101s")
+            raise ValueError(
+                "weights imagenet: those files have the plain stem; give a file in the layout of resnet101s"
+            )
         url = f"https://download.pytorch.org/models/{LAYOUTS[name][-1]}.pth"
         state = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True)
     else:
@@ -563,19 +668,34 @@ def load_backbone(backbone: ResNet, name: str, weights: str) -> None:
             raise ValueError("no such file")
         state = torch.load(weights, map_location="cpu", weights_only=True)
         if "model" in state:
-            state = {k.removeprefix("backbone."): v for k, v in state["model"].items() if k.startswith("backbone.")}
-    load_strict(backbone, {k: v for k, v in state.items() if not k.startswith("fc.")}, f"weights {weights}")
+            state = {
+                k.removeprefix("backbone."): v
+                for k, v in state["model"].items()
+                if k.startswith("backbone.")
+            }
+    load_strict(
+        backbone, {k: v for k, v in state.items() if not k.startswith("fc.")}, f"weights {weights}"
+    )
 
 
 def from_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The authors' parameter names to those of `build(RELEASED)`. Their `interp` repeats the shortcut of `down_sample`."""
-    names = {"conv.": "reduce.", "down_sample.": "down.", "dnl.gamma": "context.gamma", "dnl.conv1.": "context.query.",
-             "dnl.conv2.": "context.key.", "dnl.conv3.": "context.value.", "dnl.conv.": "refine.",
-             "dnl.conv_out3.conv.": "aux3.", "conv_out2.conv.": "aux2.", "conv_out1.conv.": "head."}
+    names = {
+        "conv.": "reduce.",
+        "down_sample.": "down.",
+        "dnl.gamma": "context.gamma",
+        "dnl.conv1.": "context.query.",
+        "dnl.conv2.": "context.key.",
+        "dnl.conv3.": "context.value.",
+        "dnl.conv.": "refine.",
+        "dnl.conv_out3.conv.": "aux3.",
+        "conv_out2.conv.": "aux2.",
+        "conv_out1.conv.": "head.",
+    }
     renamed = {}
     for key, value in state.items():
         key = key.removeprefix("module.")
         if not key.startswith("interp."):
             old = next((o for o in names if key.startswith(o)), "")
-            renamed[names.get(old, "") + key[len(old):]] = value
+            renamed[names.get(old, "") + key[len(old) :]] = value
     return renamed

@@ -7,6 +7,7 @@
 Training calls `evaluate` of this file, so its mIoU is the tested one. What the scripts share (ranks, precision, reading
 checkpoints, error lines, pictures) is here too.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -49,7 +50,7 @@ def confusion(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
     """(n, n) int64 counts, row the true class, column the predicted one. Both (H, W); pixels of label 255 are left out."""
     known = label != IGNORE
     pairs = label[known].long() * num_classes + prediction[known].long()
-    return torch.bincount(pairs, minlength=num_classes ** 2).view(num_classes, num_classes)
+    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 
 def scores(matrix: Tensor) -> dict[str, Any]:
@@ -59,14 +60,21 @@ def scores(matrix: Tensor) -> dict[str, Any]:
     hit, union = m.diagonal(), m.sum(0) + m.sum(1) - m.diagonal()
     iou = [float(h) / float(u) if u else None for h, u in zip(hit, union)]
     known = [i for i in iou if i is not None]
-    return {"miou": sum(known) / len(known) if known else None,
-            "accuracy": float(hit.sum()) / float(m.sum()) if m.sum() else None, "iou": iou}
+    return {
+        "miou": sum(known) / len(known) if known else None,
+        "accuracy": float(hit.sum()) / float(m.sum()) if m.sum() else None,
+        "iou": iou,
+    }
 
 
 def iou_table(result: dict[str, Any], classes: Sequence[str]) -> str:
     """The scores as lines for people: a row per class, then mIoU and pixel accuracy, in percent."""
     width = max(len("pixel accuracy"), *map(len, classes))
-    rows = [*zip(classes, result["iou"]), ("mIoU", result["miou"]), ("pixel accuracy", result["accuracy"])]
+    rows = [
+        *zip(classes, result["iou"]),
+        ("mIoU", result["miou"]),
+        ("pixel accuracy", result["accuracy"]),
+    ]
     lines = [f"{name:<{width}}  {'-' if x is None else f'{100 * x:.2f}':>6}" for name, x in rows]
     note = ["- neither in the labels nor predicted: not in the mean"] * (None in result["iou"])
     return "\n".join([f"{'class':<{width}}  {'IoU %':>6}", *lines, *note])
@@ -88,17 +96,21 @@ def _views(net: nn.Module, x: Tensor, flip: bool, amp: torch.dtype | None) -> Te
     with torch.autocast(x.device.type, amp or torch.bfloat16, enabled=amp is not None):
         logits = net(torch.cat([x, x.flip(3)]) if flip else x)
     p = logits.float().softmax(1)
-    return (p[:len(x)] + p[len(x):].flip(3)) / 2 if flip else p
+    return (p[: len(x)] + p[len(x) :].flip(3)) / 2 if flip else p
 
 
-def _sliding(net: nn.Module, x: Tensor, crop: int, flip: bool, amp: torch.dtype | None, together: int = 8) -> Tensor:
+def _sliding(
+    net: nn.Module, x: Tensor, crop: int, flip: bool, amp: torch.dtype | None, together: int = 8
+) -> Tensor:
     """As `_views`, from overlapping windows of one image (1, 3, H, W), `together` of them in a batch."""
     H, W = x.shape[2:]
     h, w = min(crop, H), min(crop, W)
-    places = [(slice(t, t + h), slice(l, l + w)) for t in windows(H, crop) for l in windows(W, crop)]
+    places = [
+        (slice(t, t + h), slice(l, l + w)) for t in windows(H, crop) for l in windows(W, crop)
+    ]
     total = count = 0
     for i in range(0, len(places), together):
-        p = _views(net, torch.cat([x[:, :, r, c] for r, c in places[i:i + together]]), flip, amp)
+        p = _views(net, torch.cat([x[:, :, r, c] for r, c in places[i : i + together]]), flip, amp)
         if i == 0:
             total, count = p.new_zeros(1, p.shape[1], H, W), p.new_zeros(H, W)
         for one, (r, c) in zip(p, places[i:]):
@@ -108,8 +120,15 @@ def _sliding(net: nn.Module, x: Tensor, crop: int, flip: bool, amp: torch.dtype 
 
 
 @torch.inference_mode()
-def predict(net: nn.Module, image: Tensor, *, scales: Sequence[float] = (1.0,), flip: bool = False, crop: int | None = None,
-            amp: torch.dtype | None = None) -> Tensor:
+def predict(
+    net: nn.Module,
+    image: Tensor,
+    *,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    crop: int | None = None,
+    amp: torch.dtype | None = None,
+) -> Tensor:
     """Class probabilities (n, H, W) of one image (3, H, W), 0..255, on its device, averaged over scales and flips.
 
     crop: sliding windows of that size, for memory that does not grow with the image; None: the whole image at once. The
@@ -141,18 +160,32 @@ def spans(length: int, side: int) -> list[tuple[slice, slice]]:
     margin = side // 8
     count = -(-length // (side - 2 * margin))
     cuts = [round(i * length / count) for i in range(count + 1)]
-    return [(slice(max(0, a - margin), min(length, b + margin)), slice(a, b)) for a, b in zip(cuts, cuts[1:])]
+    return [
+        (slice(max(0, a - margin), min(length, b + margin)), slice(a, b))
+        for a, b in zip(cuts, cuts[1:])
+    ]
 
 
-def tiles(size: tuple[int, int], side: int) -> list[tuple[tuple[slice, slice], tuple[slice, slice]]]:
+def tiles(
+    size: tuple[int, int], side: int
+) -> list[tuple[tuple[slice, slice], tuple[slice, slice]]]:
     """((rows, columns) seen, (rows, columns) kept) of each tile of an image; one tile up to side^2 pixels."""
     if size[0] * size[1] <= side * side:
         side = max(size)
-    return [((ys, xs), (yk, xk)) for ys, yk in spans(size[0], side) for xs, xk in spans(size[1], side)]
+    return [
+        ((ys, xs), (yk, xk)) for ys, yk in spans(size[0], side) for xs, xk in spans(size[1], side)
+    ]
 
 
-def predict_ids(net: nn.Module, image: Tensor, source: str, *, device: torch.device, side: int = SIDE,
-                **options: Any) -> tuple[np.ndarray, np.ndarray]:
+def predict_ids(
+    net: nn.Module,
+    image: Tensor,
+    source: str,
+    *,
+    device: torch.device,
+    side: int = SIDE,
+    **options: Any,
+) -> tuple[np.ndarray, np.ndarray]:
     """Class ids (H, W) uint8 and the top class's probability (H, W) uint8, 255 for 1, of an image (3, H, W) uint8.
 
     Up to side^2 pixels, the argmax of `evaluate.predict`, whose options these are. Beyond, tile by tile, so that only one
@@ -170,23 +203,39 @@ def predict_ids(net: nn.Module, image: Tensor, source: str, *, device: torch.dev
     return ids, confidence
 
 
-def evaluate(net: nn.Module, dataset: DataSet, *, device: torch.device, rank: int = 0, world: int = 1, workers: int = 0,
-             progress: Callable[[int, int], None] = lambda done, n: None, **options: Any) -> Tensor:
+def evaluate(
+    net: nn.Module,
+    dataset: DataSet,
+    *,
+    device: torch.device,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    progress: Callable[[int, int], None] = lambda done, n: None,
+    **options: Any,
+) -> Tensor:
     """The confusion matrix (n, n) of the network on a labelled data set, int64 on the CPU, summed over all ranks.
 
     Rank r takes images r, r + world, ...: none twice. options are `predict`'s. Leaves the network in eval mode.
     Raises InputError, on every rank, for a split without ground truth or a file that cannot be used.
     """
     if not dataset.labelled:
-        raise InputError(f"split {dataset.split!r} of {dataset.name} has no ground truth, so it cannot be scored: "
-                         "take a labelled split, or write masks with predict.py")
+        raise InputError(
+            f"split {dataset.split!r} of {dataset.name} has no ground truth, so it cannot be scored: "
+            "take a labelled split, or write masks with predict.py"
+        )
     net.eval()
     n, finite = len(dataset.classes), {}
     matrix = torch.zeros(n, n, dtype=torch.int64, device=device)
-    with fail_on_all_ranks(rank), torch.backends.cudnn.flags(enabled=True, deterministic=True):  # the same kernels whoever calls, on any rank
+    with (
+        fail_on_all_ranks(rank),
+        torch.backends.cudnn.flags(enabled=True, deterministic=True),
+    ):  # the same kernels whoever calls, on any rank
         for index, image, label in eval_images(dataset, rank, world, workers):
             probabilities = predict(net, image.to(device, non_blocking=True), **options)
-            finite[index] = probabilities[0].isfinite().all()  # nan in one class is in all; looked at last: no GPU is waited for
+            finite[index] = (
+                probabilities[0].isfinite().all()
+            )  # nan in one class is in all; looked at last: no GPU is waited for
             matrix += confusion(probabilities.argmax(0), label.to(device, non_blocking=True), n)
             progress(index + 1, len(dataset))
         for index, fine in finite.items():
@@ -217,23 +266,49 @@ def parse_evaluation(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate, and print the table from rank 0. Returns the exit status."""
     args = parse_evaluation(argv)
-    with distributed(timedelta(days=1)) as (rank, world, device):  # until the slowest rank has done its share
+    with distributed(timedelta(days=1)) as (
+        rank,
+        world,
+        device,
+    ):  # until the slowest rank has done its share
         net, checkpoint = load_network(args.checkpoint, device, args.context)
         dataset = open_like(checkpoint, args.data, args.root, args.split, args.checkpoint)
         amp = choose_amp(args.amp or checkpoint["amp"], device)
         live = rank == 0 and on_terminal(sys.stderr)
-        matrix = evaluate(net, dataset, device=device, rank=rank, world=world, workers=args.workers, scales=args.scales,
-                          flip=args.flip, crop=args.crop, amp=AMP[amp],
-                          progress=lambda done, n: live and print_line(f"\r{done}/{n} images", error=True, end=""))
+        matrix = evaluate(
+            net,
+            dataset,
+            device=device,
+            rank=rank,
+            world=world,
+            workers=args.workers,
+            scales=args.scales,
+            flip=args.flip,
+            crop=args.crop,
+            amp=AMP[amp],
+            progress=lambda done, n: (
+                live and print_line(f"\r{done}/{n} images", error=True, end="")
+            ),
+        )
         if live:
             print_line("", error=True)
         result = scores(matrix)
         if rank == 0:
             print(iou_table(result, dataset.classes))
             if args.json:
-                print(json.dumps({"miou": result["miou"], "accuracy": result["accuracy"],
-                                  "iou": dict(zip(dataset.classes, result["iou"])), "images": len(dataset),
-                                  "split": args.split, "amp": amp, "confusion": matrix.tolist()}))
+                print(
+                    json.dumps(
+                        {
+                            "miou": result["miou"],
+                            "accuracy": result["accuracy"],
+                            "iou": dict(zip(dataset.classes, result["iou"])),
+                            "images": len(dataset),
+                            "split": args.split,
+                            "amp": amp,
+                            "confusion": matrix.tolist(),
+                        }
+                    )
+                )
     return 0
 
 

@@ -1,4 +1,5 @@
 """What torch.hub.load(FOLDER, NAME, ..., source="local") finds here: `network`, `trained`, and the block `DenoisedNonLocal`."""
+
 from dataclasses import replace as _replace
 
 import dnl
@@ -6,7 +7,9 @@ import dnl
 dependencies = ["torch", "numpy", "PIL"]
 
 
-def network(num_classes: int = 19, preset: str = "paper", backbone: str = "resnet101", weights: str = "none") -> dnl.Network:
+def network(
+    num_classes: int = 19, preset: str = "paper", backbone: str = "resnet101", weights: str = "none"
+) -> dnl.Network:
     """A whole network, in training mode: `dnl.Network` says what goes in and comes out.
 
     preset: paper or released. backbone: resnet18, resnet34, resnet50, resnet101. weights: of the backbone, none (all random),
@@ -28,4 +31,5 @@ def trained(checkpoint: str, context: str | None = None) -> dnl.Network:
     from evaluate import (
         load_network,  # here, since it brings modules of common names: data, evaluate
     )
+
     return load_network(checkpoint, "cpu", context)[0]

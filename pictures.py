@@ -1,4 +1,5 @@
 """Pictures: masks in the classes' colours, overlays, heat over a grey photograph, sheets with titles and a legend."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -33,21 +34,42 @@ def shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
     """The text, with dots for its end where it is wider than `width` pixels."""
     if font.getlength(text) <= width:
         return text
-    return next((text[:n] + "..." for n in range(len(text), 0, -1) if font.getlength(text[:n] + "...") <= width), "...")
+    return next(
+        (
+            text[:n] + "..."
+            for n in range(len(text), 0, -1)
+            if font.getlength(text[:n] + "...") <= width
+        ),
+        "...",
+    )
 
 
-def sheet(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], classes: Sequence[str],
-          colors: Sequence[tuple[int, int, int]], width: int = 320) -> Image.Image:
+def sheet(
+    rows: Sequence[Sequence[Image.Image]],
+    titles: Sequence[str],
+    classes: Sequence[str],
+    colors: Sequence[tuple[int, int, int]],
+    width: int = 320,
+) -> Image.Image:
     """Rows of pictures under titles, and below them a legend of the classes. Each picture is `width` wide; one that would be
     higher than 4 times that, and than 2048 pixels, is squeezed."""
     font, gap, line = load_font(14), 6, 22
-    rows = [[im.convert("RGB").resize((width, max(1, min(max(4 * width, 2048), round(im.height * width / im.width)))),
-                                      Image.Resampling.NEAREST if im.mode == "P" else Image.Resampling.BILINEAR)
-             for im in row] for row in rows]
+    rows = [
+        [
+            im.convert("RGB").resize(
+                (width, max(1, min(max(4 * width, 2048), round(im.height * width / im.width)))),
+                Image.Resampling.NEAREST if im.mode == "P" else Image.Resampling.BILINEAR,
+            )
+            for im in row
+        ]
+        for row in rows
+    ]
     across = len(titles) * (width + gap) + gap
     column = min(max(int(font.getlength(c)) for c in classes) + 40, max(width, 200))
     per_line = max(1, (across - gap) // column)
-    tall = line + sum(row[0].height + gap for row in rows) + line * -(-len(classes) // per_line) + gap
+    tall = (
+        line + sum(row[0].height + gap for row in rows) + line * -(-len(classes) // per_line) + gap
+    )
     out = Image.new("RGB", (across, tall), "white")
     draw, y = ImageDraw.Draw(out), line
     for i, title in enumerate(titles):
@@ -68,8 +90,14 @@ def overlay(image: Tensor, title: str, ids: np.ndarray, checkpoint: dict[str, An
     over a legend of the classes in ids (H, W)."""
     photo = Image.fromarray(image.numpy())
     photo.thumbnail((2048, 2048), Image.Resampling.BILINEAR)  # it is to be looked at
-    mask = colorize(ids, checkpoint["colors"]).resize(photo.size, Image.Resampling.NEAREST).convert("RGB")
-    padded = Image.new("RGB", (max(320, photo.width), photo.height), "white")  # room for title and legend
+    mask = (
+        colorize(ids, checkpoint["colors"])
+        .resize(photo.size, Image.Resampling.NEAREST)
+        .convert("RGB")
+    )
+    padded = Image.new(
+        "RGB", (max(320, photo.width), photo.height), "white"
+    )  # room for title and legend
     padded.paste(Image.blend(photo, mask, 0.5))
     legend = ([checkpoint[key][i] for i in np.unique(ids)] for key in ("classes", "colors"))
     return sheet([[padded]], [title], *legend, padded.width)
@@ -78,7 +106,11 @@ def overlay(image: Tensor, title: str, ids: np.ndarray, checkpoint: dict[str, An
 def heat(x: np.ndarray) -> np.ndarray:
     """Values 0..1 of any shape to colours (..., 3) uint8, their lightness even in the value."""
     points = np.linspace(0, 1, len(HEAT))
-    return np.stack([np.interp(x, points, channel) for channel in zip(*HEAT)], -1).round().astype(np.uint8)
+    return (
+        np.stack([np.interp(x, points, channel) for channel in zip(*HEAT)], -1)
+        .round()
+        .astype(np.uint8)
+    )
 
 
 def marked(image: Image.Image, at: tuple[float, float], caption: str) -> Image.Image:
@@ -90,5 +122,10 @@ def marked(image: Image.Image, at: tuple[float, float], caption: str) -> Image.I
         draw.line((x - reach, y, x + reach, y), color, width)
         draw.line((x, y - reach, x, y + reach), color, width)
     draw.rectangle((0, image.height, *out.size), "white")
-    draw.text((0, image.height + 1), shorten(caption, load_font(14), image.width), "dimgray", load_font(14))
+    draw.text(
+        (0, image.height + 1),
+        shorten(caption, load_font(14), image.width),
+        "dimgray",
+        load_font(14),
+    )
     return out

@@ -1,5 +1,6 @@
 """What every script starts, says and ends with: wrong input as one line, printing, whole-file writes, the argument parser and
 the exit status; ranks, device, precision and signals."""
+
 from __future__ import annotations
 
 import argparse
@@ -81,7 +82,9 @@ def write(path: Path, save: Callable[[BinaryIO], object]) -> None:
         os.replace(beside, path)
     except BaseException as e:
         beside.unlink(missing_ok=True)
-        if isinstance(e, RuntimeError) and isinstance(e.__context__, OSError):  # torch.save's writer has words of its own for it
+        if isinstance(e, RuntimeError) and isinstance(
+            e.__context__, OSError
+        ):  # torch.save's writer has words of its own for it
             raise e.__context__ from None
         raise
 
@@ -97,13 +100,23 @@ FLAGS = {  # spelt and meant alike in the scripts that take a checkpoint
     "data": {"help": "data set (default: the checkpoint's)"},
     "root": {"help": "its folder (default: the checkpoint's)"},
     "split": {"default": "val", "help": "of the data set (default: val)"},
-    "scales": {"type": float, "nargs": "+", "default": [1.0], "help": "of the image, averaged over (default: 1.0)"},
+    "scales": {
+        "type": float,
+        "nargs": "+",
+        "default": [1.0],
+        "help": "of the image, averaged over (default: 1.0)",
+    },
     "flip": {"action": "store_true", "help": "average with the mirrored image"},
     "crop": {"type": int, "help": "sliding windows of this size (default: the whole image)"},
     "amp": {"choices": ["auto", *AMP], "help": "precision (default: the checkpoint's)"},
     "context": {"help": "MODULE:FACTORY, again, where training was given one"},
-    "workers": {"type": int, "default": 2, "help": "processes that read images, per rank (default: 2)"},
-    "json": {"action": "store_true", "help": "one JSON object as the last line"}}
+    "workers": {
+        "type": int,
+        "default": 2,
+        "help": "processes that read images, per rank (default: 2)",
+    },
+    "json": {"action": "store_true", "help": "one JSON object as the last line"},
+}
 
 
 def add_flags(p: argparse.ArgumentParser, *names: str) -> None:
@@ -112,13 +125,21 @@ def add_flags(p: argparse.ArgumentParser, *names: str) -> None:
         p.add_argument(f"--{name}", **FLAGS[name])
 
 
-def parse_flags(p: argparse.ArgumentParser, argv: Sequence[str] | None, *names: str) -> argparse.Namespace:
+def parse_flags(
+    p: argparse.ArgumentParser, argv: Sequence[str] | None, *names: str
+) -> argparse.Namespace:
     """The arguments of a parser and of these FLAGS. InputError for values out of range."""
     add_flags(p, *names)
     args = p.parse_args(argv)
     crop = getattr(args, "crop", None)
-    if not all(0 < s <= 10 for s in getattr(args, "scales", [1])) or (crop is not None and crop < 1) or args.workers < 0:
-        raise InputError("--scales must be above 0 and at most 10, --crop above 0, --workers 0 or more")
+    if (
+        not all(0 < s <= 10 for s in getattr(args, "scales", [1]))
+        or (crop is not None and crop < 1)
+        or args.workers < 0
+    ):
+        raise InputError(
+            "--scales must be above 0 and at most 10, --crop above 0, --workers 0 or more"
+        )
     return args
 
 
@@ -134,8 +155,10 @@ def import_factory(context: str) -> Callable[[int, int], nn.Module] | None:
             raise TypeError(f"{name} cannot be called")
         return factory
     except Exception as e:  # the user's module can fail in any way
-        raise InputError(f"--context {quote(context)}: {quote(str(e))}; expected MODULE:FACTORY with FACTORY(channels, num_classes) -> "
-                         "module") from None
+        raise InputError(
+            f"--context {quote(context)}: {quote(str(e))}; expected MODULE:FACTORY with FACTORY(channels, num_classes) -> "
+            "module"
+        ) from None
     finally:
         sys.path.pop(0)
 
@@ -145,7 +168,8 @@ REASONS = {  # in the text of an error that is not of the program: what to do
     "process pool": "a process that reads images was killed, probably out of memory: lower --workers",
     "by peer": "another rank is gone: its own line says why, or it was killed",  # gloo: closed, or reset
     "out of memory": "out of memory: lower --batch (train.py), or give --crop (the others)",  # a GPU's
-    "allocate memory": "out of memory: lower --batch (train.py), or give --crop (the others)"}  # a CPU's
+    "allocate memory": "out of memory: lower --batch (train.py), or give --crop (the others)",
+}  # a CPU's
 
 
 def run_script(main: Callable[[], int | None], needs_output: bool = True) -> None:
@@ -153,7 +177,9 @@ def run_script(main: Callable[[], int | None], needs_output: bool = True) -> Non
     does an output that is lost, if the script is for its output; Ctrl-C 130."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name that cannot be printed ends nothing
+            stream.reconfigure(
+                errors="backslashreplace"
+            )  # a name that cannot be printed ends nothing
     status, line = 1, ""
     try:
         status = main()
@@ -165,7 +191,10 @@ def run_script(main: Callable[[], int | None], needs_output: bool = True) -> Non
         status = 128 + signal.SIGINT
     except (OSError, MemoryError, RuntimeError) as e:
         text = "out of memory" if isinstance(e, MemoryError) else str(e)
-        line = next((reason for part, reason in REASONS.items() if part in text), text * isinstance(e, OSError))
+        line = next(
+            (reason for part, reason in REASONS.items() if part in text),
+            text * isinstance(e, OSError),
+        )
         if not line:
             raise
         status = 1
@@ -186,7 +215,9 @@ def from_environment(name: str, default: int) -> int:
     try:
         return int(text)
     except ValueError:
-        raise InputError(f"{name}={text!r} in the environment: expected a number, as torchrun sets it") from None
+        raise InputError(
+            f"{name}={text!r} in the environment: expected a number, as torchrun sets it"
+        ) from None
 
 
 @contextmanager
@@ -205,31 +236,53 @@ def fail_on_all_ranks(rank: int) -> Iterator[None]:
 
 
 @contextmanager
-def distributed(timeout: timedelta = timedelta(minutes=10)) -> Iterator[tuple[int, int, torch.device]]:
+def distributed(
+    timeout: timedelta = timedelta(minutes=10),
+) -> Iterator[tuple[int, int, torch.device]]:
     """(rank, world, device) from torchrun's environment, or (0, 1, device) without it. The process group (nccl for GPU
     tensors, gloo for CPU ones) lives exactly as long as the block; a rank that waits so long for another gives up."""
-    rank, world, local = (from_environment(k, d) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    if not (0 <= rank < world and 0 <= local) or world > 1 and (
-            "MASTER_ADDR" not in os.environ or not 0 < from_environment("MASTER_PORT", 0) < 65536):
-        raise InputError(f"RANK {rank}, LOCAL_RANK {local}, WORLD_SIZE {world}, MASTER_ADDR or MASTER_PORT in the environment are not "
-                         "torchrun's: unset them, or start by torchrun")
+    rank, world, local = (
+        from_environment(k, d) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    if (
+        not (0 <= rank < world and 0 <= local)
+        or world > 1
+        and ("MASTER_ADDR" not in os.environ or not 0 < from_environment("MASTER_PORT", 0) < 65536)
+    ):
+        raise InputError(
+            f"RANK {rank}, LOCAL_RANK {local}, WORLD_SIZE {world}, MASTER_ADDR or MASTER_PORT in the environment are not "
+            "torchrun's: unset them, or start by torchrun"
+        )
     gpu = torch.cuda.is_available()
     if gpu and local >= torch.cuda.device_count():
-        raise InputError(f"local rank {local} has no GPU, the machine has {torch.cuda.device_count()}: lower --nproc-per-node")
+        raise InputError(
+            f"local rank {local} has no GPU, the machine has {torch.cuda.device_count()}: lower --nproc-per-node"
+        )
     device = torch.device("cuda", local) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
     if world > 1:
         store = next(dist.rendezvous("env://"))[0]
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # one node, where the ranks' counts of restarts agree: after one, torchrun's
-            store = dist.PrefixStore(f"restart{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # store still has dead addresses
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", store=store, rank=rank, world_size=world,
-                                timeout=timeout)
+        if (
+            os.environ.get("GROUP_WORLD_SIZE") == "1"
+        ):  # one node, where the ranks' counts of restarts agree: after one, torchrun's
+            store = dist.PrefixStore(
+                f"restart{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
+            )  # store still has dead addresses
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if gpu else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world,
+            timeout=timeout,
+        )
     try:
         yield rank, world, device
     finally:
         if dist.is_initialized():
-            time.sleep(0.1)  # gloo's threads want Python's lock to drop their last tensors; its destructor waits for them, holding it
+            time.sleep(
+                0.1
+            )  # gloo's threads want Python's lock to drop their last tensors; its destructor waits for them, holding it
             dist.destroy_process_group()
 
 
@@ -240,7 +293,10 @@ def choose_amp(amp: str, device: torch.device) -> str:
         return amp
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
-    fast = [getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    fast = [
+        getattr(torch.cpu, name, bool)()
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    ]
     return "bf16" if any(fast) else "off"
 
 
@@ -257,9 +313,11 @@ def stop_signals() -> Iterator[list[int]]:
     """A list that receives SIGTERM, SIGUSR1 (Slurm's warning), SIGINT and, but under nohup, SIGHUP: the step is finished and the
     run saved."""
     caught: list[int] = []
-    old = {s: signal.signal(s, lambda number, frame: caught.append(number))
-           for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-           if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN}
+    old = {
+        s: signal.signal(s, lambda number, frame: caught.append(number))
+        for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+        if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN
+    }
     try:
         yield caught
     finally:

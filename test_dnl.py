@@ -45,8 +45,8 @@ import evaluate
 import hubconf
 import predict
 import train
-from data import ADE20K, CITYSCAPES, InputError, IGNORE, palette
-from dnl import DenoisedNonLocal, PAPER, RELEASED, ResNet, build, denoised_attention, denoised_maps
+from data import ADE20K, CITYSCAPES, IGNORE, InputError, palette
+from dnl import PAPER, RELEASED, DenoisedNonLocal, ResNet, build, denoised_attention, denoised_maps
 
 HERE = Path(__file__).parent
 SMALL = dict(backbone="resnet18", channels=16, num_classes=5)

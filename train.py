@@ -9,6 +9,7 @@ A run's folder (runs/DATA, or --out) holds last.pt, best.pt, log.jsonl and, at t
 goes on where the run was, on any number of ranks: a sample is a function of (seed, epoch, index), a step of the
 weights and its number, so nothing is replayed and nothing else is random.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -115,7 +116,9 @@ class Run:
     step: int = 0
     skipped: int = 0
     sums: Tensor | None = None  # of this epoch's losses, this rank's share
-    recent: list[tuple[int, Tensor]] = field(default_factory=list)  # steps and losses not yet looked at
+    recent: list[tuple[int, Tensor]] = field(
+        default_factory=list
+    )  # steps and losses not yet looked at
     history: list[dict[str, Any]] = field(default_factory=list)  # a line per epoch
     best: float | None = None  # the mIoU of best.pt
     unsaved: bool = False  # the last checkpoint could not be written
@@ -132,7 +135,9 @@ class Run:
     @property
     def lr(self) -> float:
         """The learning rate of the last step."""
-        return self.args.lr * rate(max(0, self.step - 1), self.total, self.args.power, self.args.warmup)
+        return self.args.lr * rate(
+            max(0, self.step - 1), self.total, self.args.power, self.args.warmup
+        )
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -160,27 +165,48 @@ def setup(args: argparse.Namespace, rank: int, world: int, device: torch.device)
     net.to(device, memory_format=torch.channels_last)
     backbone = list(net.backbone.parameters())
     others = [p for name, p in net.named_parameters() if not name.startswith("backbone.")]
-    optimizer = torch.optim.SGD([{"params": backbone, "factor": args.backbone_lr}, {"params": others, "factor": 1.0}],
-                                args.lr, args.momentum, weight_decay=args.weight_decay,  # not fused in fp16, where a first step
-                                fused=device.type == "cuda" and args.amp != "fp16")  # that is skipped leaves momentum unset
+    optimizer = torch.optim.SGD(
+        [{"params": backbone, "factor": args.backbone_lr}, {"params": others, "factor": 1.0}],
+        args.lr,
+        args.momentum,
+        weight_decay=args.weight_decay,  # not fused in fp16, where a first step
+        fused=device.type == "cuda" and args.amp != "fp16",
+    )  # that is skipped leaves momentum unset
     weights = [1.0, args.aux_weight, args.aux_weight] + [args.coarse_weight] * config.p_supervised
-    return Run(args, data, val, net, torch.compile(net) if args.compile else net, optimizer,
-               torch.amp.GradScaler(device.type, enabled=args.amp == "fp16"), rank, world, device, torch.tensor(weights, device=device),
-               sums=torch.zeros(len(weights), dtype=torch.float64, device=device),
-               class_weights=read_weights(args.class_weights, data.classes) if args.class_weights else None)
+    return Run(
+        args,
+        data,
+        val,
+        net,
+        torch.compile(net) if args.compile else net,
+        optimizer,
+        torch.amp.GradScaler(device.type, enabled=args.amp == "fp16"),
+        rank,
+        world,
+        device,
+        torch.tensor(weights, device=device),
+        sums=torch.zeros(len(weights), dtype=torch.float64, device=device),
+        class_weights=read_weights(args.class_weights, data.classes)
+        if args.class_weights
+        else None,
+    )
 
 
 def connect(run: Run) -> None:
     """The network under DDP where there are several ranks, all with rank 0's weights; then, for --ema, a copy of them."""
     if run.world > 1:
         gpu = run.device.type == "cuda"
-        run.model = nn.parallel.DistributedDataParallel(run.model, device_ids=[run.device] if gpu else None, gradient_as_bucket_view=True)
+        run.model = nn.parallel.DistributedDataParallel(
+            run.model, device_ids=[run.device] if gpu else None, gradient_as_bucket_view=True
+        )
         if not gpu:
             run.model.register_comm_hook(None, mean_in_rank_order)
     run.ema = deepcopy(run.net) if run.args.ema else None
 
 
-def mean_in_rank_order(state, bucket):  # DDP refuses annotations that are text, as all of this file are
+def mean_in_rank_order(
+    state, bucket
+):  # DDP refuses annotations that are text, as all of this file are
     """The mean of DDP's gradients, added up from rank 0 on. Gloo's own order depends on the place in the bucket, and DDP lays out
     its buckets anew after the first step of a process: a resumed run of three ranks would round otherwise than an uninterrupted one."""
     parts = [torch.empty_like(bucket.buffer()) for _ in range(dist.get_world_size())]
@@ -199,9 +225,16 @@ def read_backbone(net: dnl.Network, args: argparse.Namespace) -> None:
     except ValueError as e:
         raise InputError(f"--weights {args.weights}: {e}") from None
     except Exception as e:  # a broken file or download fails in any of the layers that read it
-        mend = "where nothing can be downloaded, give --weights FILE" if args.weights == "imagenet" else (
-            "expected a file of torchvision's for this backbone, or a checkpoint of train.py")
-        what = "not a file of weights" if isinstance(e, pickle.UnpicklingError) else str(e).splitlines()[0]
+        mend = (
+            "where nothing can be downloaded, give --weights FILE"
+            if args.weights == "imagenet"
+            else ("expected a file of torchvision's for this backbone, or a checkpoint of train.py")
+        )
+        what = (
+            "not a file of weights"
+            if isinstance(e, pickle.UnpicklingError)
+            else str(e).splitlines()[0]
+        )
         raise InputError(f"--weights {args.weights}: {what}: {mend}") from None
 
 
@@ -217,7 +250,9 @@ def count_labelled(run: Run, labels: Tensor, among: Tensor | bool = True) -> Ten
     """Labelled pixels of a batch of this rank, of those `among` them, each counted by the weight of its class."""
     weight = labels != IGNORE
     if run.class_weights is not None:
-        weight = F.pad(run.class_weights, (0, 256 - len(run.class_weights))).to(labels.device, non_blocking=True)[labels.long()]
+        weight = F.pad(run.class_weights, (0, 256 - len(run.class_weights))).to(
+            labels.device, non_blocking=True
+        )[labels.long()]
     return (weight * among).sum(dtype=torch.float64)
 
 
@@ -226,7 +261,9 @@ def part_losses(run: Run, x: Tensor, y: Tensor, labelled: float) -> Tensor:
     amp = AMP[run.args.amp]
     with torch.autocast(run.device.type, amp or torch.bfloat16, enabled=amp is not None):
         outputs = run.model(x.contiguous(memory_format=torch.channels_last), full_size=False)
-    weight = None if run.class_weights is None else run.class_weights.to(run.device, non_blocking=True)
+    weight = (
+        None if run.class_weights is None else run.class_weights.to(run.device, non_blocking=True)
+    )
     if not run.args.ohem:
         return losses(outputs, y, labelled, weight)
     with torch.no_grad():
@@ -250,12 +287,22 @@ def train_step(run: Run, batch: Sequence[Tensor], labelled: float) -> Tensor | N
     before = [b.clone() for b in run.net.buffers()] if args.skip_nonfinite else []
     share = torch.zeros_like(run.sums)
     images, labels, factors = batch
-    parts = zip(*(t.chunk(args.accumulate) for t in (images.to(run.device, non_blocking=True),
-                                                     labels.to(run.device, non_blocking=True), factors)))
+    parts = zip(
+        *(
+            t.chunk(args.accumulate)
+            for t in (
+                images.to(run.device, non_blocking=True),
+                labels.to(run.device, non_blocking=True),
+                factors,
+            )
+        )
+    )
     for i, (x, y, factors) in enumerate(parts, 1):
         with nullcontext() if i == args.accumulate or run.world == 1 else run.model.no_sync():
             part = part_losses(run, normalize(color_jitter(x, factors)), y, labelled)
-            run.scaler.scale((part * run.weights).sum() * run.world).backward()  # DDP averages over ranks
+            run.scaler.scale(
+                (part * run.weights).sum() * run.world
+            ).backward()  # DDP averages over ranks
         share += part.detach()
     if args.skip_nonfinite and sum_over_ranks(run, [not finite(run, share)])[0]:
         run.skipped += 1
@@ -280,7 +327,11 @@ def train_step(run: Run, batch: Sequence[Tensor], labelled: float) -> Tensor | N
 
 def finite(run: Run, share: Tensor) -> bool:
     """Whether the losses and the gradient are finite. (Of fp16's gradients the scaler takes care.)"""
-    gradients = [] if run.scaler.is_enabled() else [p.grad for p in run.net.parameters() if p.grad is not None]
+    gradients = (
+        []
+        if run.scaler.is_enabled()
+        else [p.grad for p in run.net.parameters() if p.grad is not None]
+    )
     return bool(share.isfinite().all() and nn.utils.get_total_norm(gradients).isfinite())
 
 
@@ -293,17 +344,31 @@ def follow(ema: nn.Module, net: nn.Module, decay: float) -> None:
 
 def nonfinite(run: Run, step: int, what: str = "loss is") -> InputError:
     """The error of a step after which something is not finite, with the files of its batch."""
-    items = step_items(step, seed=run.args.seed, n=len(run.data), batch=run.args.batch, rank=run.rank, world=run.world)
+    items = step_items(
+        step,
+        seed=run.args.seed,
+        n=len(run.data),
+        batch=run.args.batch,
+        rank=run.rank,
+        world=run.world,
+    )
     images = ", ".join(quote(run.data.items[i].image) for _, i in items)
     last = run.args.out / "last.pt"
-    return InputError(f"step {step + 1}, rank {run.rank}: the {what} not finite; images {images}; "
-                     + f"{quote(last)} is from before: " * last.exists() + "lower --lr, try --clip 1 or --amp off, or --skip-nonfinite N")
+    return InputError(
+        f"step {step + 1}, rank {run.rank}: the {what} not finite; images {images}; "
+        + f"{quote(last)} is from before: " * last.exists()
+        + "lower --lr, try --clip 1 or --amp off, or --skip-nonfinite N"
+    )
 
 
 def check_finite(run: Run) -> None:
     """Look at the losses since the last look (this waits for the device). InputError where one is not finite."""
     steps, run.recent = run.recent, []
-    bad = (~torch.stack([share for _, share in steps]).isfinite().all(1)).nonzero().flatten().tolist() if steps else []
+    bad = (
+        (~torch.stack([share for _, share in steps]).isfinite().all(1)).nonzero().flatten().tolist()
+        if steps
+        else []
+    )
     elsewhere = sum_over_ranks(run, [bool(bad)])[0]
     if bad:
         raise nonfinite(run, steps[bad[0]][0])
@@ -323,8 +388,16 @@ def validate(run: Run, net: nn.Module) -> dict[str, Any]:
             raise InputError(f"rank {run.rank}: a signal")
 
     try:
-        matrix = evaluate(net, run.val, device=run.device, rank=run.rank, world=run.world, workers=run.args.workers,
-                          amp=AMP[run.args.amp], progress=look)
+        matrix = evaluate(
+            net,
+            run.val,
+            device=run.device,
+            rank=run.rank,
+            world=run.world,
+            workers=run.args.workers,
+            amp=AMP[run.args.amp],
+            progress=look,
+        )
     except InputError:  # of all ranks, or of none
         stop_if(run, sum_over_ranks(run, [len(run.caught)])[0])
         raise
@@ -343,13 +416,26 @@ def stop_if(run: Run, signals: float) -> None:
 def state_of(run: Run) -> dict[str, Any]:
     """The checkpoint: one dict of tensors and plain values, readable with weights_only. Call on all ranks: it sums over them."""
     sums = torch.tensor(sum_over_ranks(run, run.sums.tolist()), dtype=torch.float64)
-    return {"version": VERSION, "model": run.net.state_dict(), "optimizer": {"state": run.optimizer.state_dict()["state"]},
-            "scaler": run.scaler.state_dict(), "ema": run.ema.state_dict() if run.ema is not None else None,
-            "config": asdict(run.net.config), "settings": run.settings, "data": run.data.name,
-            "root": str(Path(run.args.root).resolve()) if run.args.root else None, "classes": list(run.data.classes),
-            "colors": [list(c) for c in run.data.colors], "amp": run.args.amp, "step": run.step,
-            "epoch": run.step // run.per_epoch, "best": run.best, "sums": sums, "skipped": run.skipped,
-            "history": run.history}
+    return {
+        "version": VERSION,
+        "model": run.net.state_dict(),
+        "optimizer": {"state": run.optimizer.state_dict()["state"]},
+        "scaler": run.scaler.state_dict(),
+        "ema": run.ema.state_dict() if run.ema is not None else None,
+        "config": asdict(run.net.config),
+        "settings": run.settings,
+        "data": run.data.name,
+        "root": str(Path(run.args.root).resolve()) if run.args.root else None,
+        "classes": list(run.data.classes),
+        "colors": [list(c) for c in run.data.colors],
+        "amp": run.args.amp,
+        "step": run.step,
+        "epoch": run.step // run.per_epoch,
+        "best": run.best,
+        "sums": sums,
+        "skipped": run.skipped,
+        "history": run.history,
+    }
 
 
 def save(run: Run) -> None:
@@ -361,14 +447,19 @@ def save(run: Run) -> None:
     state, out = state_of(run), run.args.out
     if run.rank:
         return
-    miou = run.history[-1]["miou"] if run.history and run.history[-1]["step"] == run.step else None  # of these weights
+    miou = (
+        run.history[-1]["miou"] if run.history and run.history[-1]["step"] == run.step else None
+    )  # of these weights
     try:
         if miou is not None and (run.best is None or miou > run.best):
             state["best"] = miou
             write(out / "best.pt", lambda f: torch.save(state, f))
             run.best = miou
         if run.ema is not None:
-            averaged = state | {"model": state["ema"], "settings": state["settings"] | {"averaged": True}}  # nothing to train on from
+            averaged = state | {
+                "model": state["ema"],
+                "settings": state["settings"] | {"averaged": True},
+            }  # nothing to train on from
             write(out / "ema.pt", lambda f: torch.save(averaged, f))
         write(out / "new.pt", lambda f: torch.save(state, f))
         finish_save(out)
@@ -376,20 +467,28 @@ def save(run: Run) -> None:
         run.unsaved = False
     except OSError as e:
         run.unsaved = True
-        print_line(f"warning: step {run.step} not saved ({e}); tried again within {run.args.log_every} steps", error=True)
+        print_line(
+            f"warning: step {run.step} not saved ({e}); tried again within {run.args.log_every} steps",
+            error=True,
+        )
 
 
 def write_log(run: Run) -> None:
     """log.jsonl: a line of the settings, then one per epoch, those of the checkpoint and no other."""
     lines = [{"settings": run.settings}, *run.history]
-    write(run.args.out / "log.jsonl", lambda f: f.write("".join(json.dumps(line) + "\n" for line in lines).encode()))
+    write(
+        run.args.out / "log.jsonl",
+        lambda f: f.write("".join(json.dumps(line) + "\n" for line in lines).encode()),
+    )
 
 
 def find_checkpoint(run: Run) -> tuple[Path, dict[str, Any]] | None:
     """--resume's file; for auto the newest whole one of the run's folder, None where there is none at all."""
     if run.args.resume != "auto":
         if read_if_readable(run, "last.pt").get("settings", run.settings) != run.settings:
-            raise InputError(f"--out {run.args.out}: holds a run of other settings, which this one would replace: choose another")
+            raise InputError(
+                f"--out {run.args.out}: holds a run of other settings, which this one would replace: choose another"
+            )
         return Path(run.args.resume), read_checkpoint(run.args.resume)
     found = [p for p in (run.args.out / "last.pt", run.args.out / "last.prev.pt") if p.exists()]
     for path in found:
@@ -406,19 +505,31 @@ def find_checkpoint(run: Run) -> tuple[Path, dict[str, Any]] | None:
 def check_state(run: Run, state: dict[str, Any]) -> None:
     """ValueError that names the fields of a checkpoint which no `state_of` of this run makes."""
     (epochs, rest), history = divmod(state["step"], run.per_epoch), state["history"]
-    momentum, parameters = state["optimizer"]["state"], [p for g in run.optimizer.param_groups for p in g["params"]]
+    momentum, parameters = (
+        state["optimizer"]["state"],
+        [p for g in run.optimizer.param_groups for p in g["params"]],
+    )
     sound = {
         "step": type(state["step"]) is int and 0 <= state["step"] <= run.total,
         "history": [line["epoch"] for line in history] == [*range(1, len(history) + 1)]
-                   and len(history) in ((epochs,) if rest else (epochs - 1, epochs)),  # the epoch's line comes after validation
+        and len(history)
+        in ((epochs,) if rest else (epochs - 1, epochs)),  # the epoch's line comes after validation
         "skipped": type(state["skipped"]) is int and 0 <= state["skipped"] <= state["step"],
-        "sums": state["sums"].shape == run.sums.shape and state["sums"].dtype == run.sums.dtype and state["sums"].isfinite().all(),
+        "sums": state["sums"].shape == run.sums.shape
+        and state["sums"].dtype == run.sums.dtype
+        and state["sums"].isfinite().all(),
         "scaler": state["scaler"].keys() == run.scaler.state_dict().keys(),
-        "optimizer": momentum.keys() <= {*range(len(parameters))} and all(
-            one["momentum_buffer"] is None or one["momentum_buffer"].shape == parameters[i].shape for i, one in momentum.items())}
+        "optimizer": momentum.keys() <= {*range(len(parameters))}
+        and all(
+            one["momentum_buffer"] is None or one["momentum_buffer"].shape == parameters[i].shape
+            for i, one in momentum.items()
+        ),
+    }
     wrong = [name for name, good in sound.items() if not good]
     if wrong:
-        raise ValueError(f"damaged: {', '.join(wrong)} of no run of these settings: give another, or train again")
+        raise ValueError(
+            f"damaged: {', '.join(wrong)} of no run of these settings: give another, or train again"
+        )
 
 
 def read_if_readable(run: Run, name: str) -> dict[str, Any]:
@@ -437,21 +548,33 @@ def restore(run: Run) -> None:
     path, state = found
     try:
         was, now = state["settings"], run.settings
-        differ = [f"{k} {was.get(k)} -> {now.get(k)}" for k in sorted({*was, *now}) if was.get(k) != now.get(k)]
+        differ = [
+            f"{k} {was.get(k)} -> {now.get(k)}"
+            for k in sorted({*was, *now})
+            if was.get(k) != now.get(k)
+        ]
         if differ:
-            raise InputError(f"of other settings ({'; '.join(differ)}): repeat its flags to go on, or choose another --out")
+            raise InputError(
+                f"of other settings ({'; '.join(differ)}): repeat its flags to go on, or choose another --out"
+            )
         check_state(run, state)
         dnl.load_strict(run.net, state["model"], "model")
         if run.ema is not None:
             dnl.load_strict(run.ema, state["ema"], "ema")
-        run.optimizer.load_state_dict(run.optimizer.state_dict() | {"state": state["optimizer"]["state"]})
+        run.optimizer.load_state_dict(
+            run.optimizer.state_dict() | {"state": state["optimizer"]["state"]}
+        )
         run.scaler.load_state_dict(state["scaler"])
         run.step, run.history, run.skipped = state["step"], state["history"], state["skipped"]
         best = read_if_readable(run, "best.pt") if run.rank == 0 else {}
         run.best = float(best["best"]) if best.get("settings") == run.settings else None
         run.sums += state["sums"].to(run.device) if run.rank == 0 else 0
     except Exception as e:  # a field of another kind can fail in any of these
-        raise InputError(f"{path}: {e if isinstance(e, ValueError) else f'{type(e).__name__} {e}'}".replace("\n", " ")) from None
+        raise InputError(
+            f"{path}: {e if isinstance(e, ValueError) else f'{type(e).__name__} {e}'}".replace(
+                "\n", " "
+            )
+        ) from None
     if run.rank == 0:
         try:
             write_log(run)
@@ -474,15 +597,22 @@ def log_step(run: Run, draw: Callable[..., None], share: Tensor | None, speed: f
 
 def print_step(run: Run, loss: str, speed: float) -> None:
     """The fixed line for people; on a terminal rewritten in place, with a bar."""
-    memory = torch.cuda.max_memory_allocated() / 2**30 if run.device.type == "cuda" else (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    memory = (
+        torch.cuda.max_memory_allocated() / 2**30
+        if run.device.type == "cuda"
+        else (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    )
     left = int((run.total - run.step) * run.args.batch / speed)
-    line = (f"epoch {(run.step - 1) // run.per_epoch + 1}/{run.args.epochs}  step {run.step}/{run.total}  loss {loss}  "
-            f"lr {run.lr:.6f}  {speed:.1f} images/s  {memory:.1f} GiB  "
-            f"left {left // 3600}:{left // 60 % 60:02}:{left % 60:02}")
+    line = (
+        f"epoch {(run.step - 1) // run.per_epoch + 1}/{run.args.epochs}  step {run.step}/{run.total}  loss {loss}  "
+        f"lr {run.lr:.6f}  {speed:.1f} images/s  {memory:.1f} GiB  "
+        f"left {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+    )
     if on_terminal(sys.stdout):
         done = 20 * run.step // run.total
-        line = f"[{'#' * done}{'.' * (20 - done)}] {line}"[:shutil.get_terminal_size().columns - 1]  # a row: more could not be taken back
+        line = f"[{'#' * done}{'.' * (20 - done)}] {line}"[
+            : shutil.get_terminal_size().columns - 1
+        ]  # a row: more could not be taken back
         print_line(f"\r\033[K{line}", end="")
     else:
         print_line(line)
@@ -494,8 +624,14 @@ def end_epoch(run: Run, draw: Callable[..., None], saved: bool = False) -> None:
     epoch, names = run.step // run.per_epoch, ("loss", "loss_res2", "loss_res3", "loss_p")
     steps = run.per_epoch - run.skipped + (run.history[-1]["skipped"] if run.history else 0)
     means = [total / steps if steps else None for total in sum_over_ranks(run, run.sums.tolist())]
-    line = {"epoch": epoch, "step": run.step, "lr": run.lr, "skipped": run.skipped,
-            **dict(zip(names, means)), "miou": None}
+    line = {
+        "epoch": epoch,
+        "step": run.step,
+        "lr": run.lr,
+        "skipped": run.skipped,
+        **dict(zip(names, means)),
+        "miou": None,
+    }
     if epoch % run.args.eval_every == 0 or epoch == run.args.epochs:
         if not saved:  # once more would put it in the place of the checkpoint before, which may be the last good one
             save(run)
@@ -508,12 +644,18 @@ def end_epoch(run: Run, draw: Callable[..., None], saved: bool = False) -> None:
     run.sums.zero_()
     save(run)
     if run.rank == 0 and "iou" in line:
-        print_line("\n" * on_terminal(sys.stdout) + f"epoch {epoch}/{run.args.epochs}  val mIoU {line['miou']}  accuracy {line['accuracy']}"
-             + (f"  of the averaged weights mIoU {line['ema_miou']}" if run.ema is not None else "")
-             + "; no pixel of the validation split is labelled" * (line["miou"] is None))
+        print_line(
+            "\n" * on_terminal(sys.stdout)
+            + f"epoch {epoch}/{run.args.epochs}  val mIoU {line['miou']}  accuracy {line['accuracy']}"
+            + (f"  of the averaged weights mIoU {line['ema_miou']}" if run.ema is not None else "")
+            + "; no pixel of the validation split is labelled" * (line["miou"] is None)
+        )
     gamma = getattr(run.net.context, "gamma", None)  # a context of one's own may have another
-    values = line | {f"iou/{name}": iou for name, iou in line.get("iou", {}).items()} | {
-        "gamma": gamma.item() if isinstance(gamma, Tensor) and gamma.numel() == 1 else None}
+    values = (
+        line
+        | {f"iou/{name}": iou for name, iou in line.get("iou", {}).items()}
+        | {"gamma": gamma.item() if isinstance(gamma, Tensor) and gamma.numel() == 1 else None}
+    )
     draw(values, None if line["miou"] is None else partial(val_sheet, run))
 
 
@@ -525,6 +667,7 @@ def open_board(run: Run) -> Iterator[Callable[..., None]]:
         yield lambda values, picture=None: None
         return
     from torch.utils.tensorboard import SummaryWriter
+
     writers, failed = [], []
 
     def attempt(action: Callable[[], Any]) -> None:
@@ -541,7 +684,11 @@ def open_board(run: Run) -> Iterator[Callable[..., None]]:
                 if isinstance(value, float):
                     attempt(partial(writer.add_scalar, name, value, run.step))
             if picture is not None:
-                attempt(partial(writer.add_image, "val", np.asarray(picture()), run.step, dataformats="HWC"))
+                attempt(
+                    partial(
+                        writer.add_image, "val", np.asarray(picture()), run.step, dataformats="HWC"
+                    )
+                )
 
     attempt(lambda: writers.append(SummaryWriter(run.args.out, purge_step=run.step)))
     try:
@@ -563,7 +710,9 @@ def agree_on_step(run: Run, batch: Any, *facts: float) -> list[float]:
     """Before a step: this step's labelled pixels and the facts, each summed over all ranks, so that all do the same. InputError
     on every rank where one could not read its images."""
     failed = isinstance(batch, InputError)
-    *sums, failures = sum_over_ranks(run, [0.0 if failed else count_labelled(run, batch[1]).item(), *facts, failed])
+    *sums, failures = sum_over_ranks(
+        run, [0.0 if failed else count_labelled(run, batch[1]).item(), *facts, failed]
+    )
     if failed:
         raise batch
     if failures:
@@ -574,16 +723,29 @@ def agree_on_step(run: Run, batch: Any, *facts: float) -> list[float]:
 def train(run: Run) -> None:
     """From run.step to the end. Stopped, after a signal."""
     args = run.args
-    batches = train_batches(run.data, seed=args.seed, batch=args.batch, start=run.step, stop=run.total, rank=run.rank,
-                            world=run.world, crop=args.crop, scale=tuple(args.scale), relative=SETTINGS[args.data].relative, workers=args.workers,
-                            pin=run.device.type == "cuda")
+    batches = train_batches(
+        run.data,
+        seed=args.seed,
+        batch=args.batch,
+        start=run.step,
+        stop=run.total,
+        rank=run.rank,
+        world=run.world,
+        crop=args.crop,
+        scale=tuple(args.scale),
+        relative=SETTINGS[args.data].relative,
+        workers=args.workers,
+        pin=run.device.type == "cuda",
+    )
     set_mode(run.net, args.freeze_bn)
     with stop_signals() as run.caught, closing(batches), open_board(run) as draw:
         if run.step == (len(run.history) + 1) * run.per_epoch:  # stopped while validating
             end_epoch(run, draw, saved=True)
         start, first = time.monotonic(), run.step
         for batch in results(batches):
-            labelled, signals, again = agree_on_step(run, batch, len(run.caught), run.unsaved and run.step % args.log_every == 0)
+            labelled, signals, again = agree_on_step(
+                run, batch, len(run.caught), run.unsaved and run.step % args.log_every == 0
+            )
             if signals:
                 save(run)
             stop_if(run, signals)
@@ -593,7 +755,9 @@ def train(run: Run) -> None:
                 run.sums += share
             run.step += 1
             if run.step % args.log_every == 0 or run.step == first + 1:
-                log_step(run, draw, share, (run.step - first) * args.batch / (time.monotonic() - start))
+                log_step(
+                    run, draw, share, (run.step - first) * args.batch / (time.monotonic() - start)
+                )
             pause = time.monotonic()
             if run.step % run.per_epoch == 0:
                 end_epoch(run, draw)
@@ -612,7 +776,13 @@ def val_sheet(run: Run) -> Image.Image:
         image, label = read(run.val, int(i))
         x = torch.from_numpy(image.transpose(2, 0, 1).copy()).to(run.device)
         guess = predict(run.net, x, amp=AMP[run.args.amp]).argmax(0).byte().cpu().numpy()
-        rows.append([Image.fromarray(image), colorize(label, run.val.colors), colorize(guess, run.val.colors)])
+        rows.append(
+            [
+                Image.fromarray(image),
+                colorize(label, run.val.colors),
+                colorize(guess, run.val.colors),
+            ]
+        )
     set_mode(run.net, run.args.freeze_bn)
     return sheet(rows, ("image", "truth", "prediction"), run.val.classes, run.val.colors)
 
@@ -637,11 +807,17 @@ def make_folder(path: Path) -> Any:
     """The run's folder, ready to be looked at, or InputError. Returns a file in it that is locked as long as it is open."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = open(os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NONBLOCK), "w")  # a pipe of that name would be waited for
+        lock = open(
+            os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NONBLOCK), "w"
+        )  # a pipe of that name would be waited for
         try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by the loader's processes, which outlive a killed one
+            fcntl.lockf(
+                lock, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # not inherited by the loader's processes, which outlive a killed one
         except (BlockingIOError, PermissionError):
-            raise InputError(f"--out {quote(path)}: another training is writing to it: wait for it, end it, or choose another") from None
+            raise InputError(
+                f"--out {quote(path)}: another training is writing to it: wait for it, end it, or choose another"
+            ) from None
         except OSError:
             pass  # a file system without locks
         finish_save(path)
@@ -657,7 +833,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         choose_kernels(args)
         with fail_on_all_ranks(rank):
             run = setup(args, rank, world, device)
-            lock = make_folder(args.out) if rank == 0 else nullcontext()  # no rank looks for a checkpoint before
+            lock = (
+                make_folder(args.out) if rank == 0 else nullcontext()
+            )  # no rank looks for a checkpoint before
         with lock:
             for text in recipe_warnings(args) if rank == 0 else ():
                 print_line(f"note: {text}", error=True)
@@ -665,13 +843,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             with fail_on_all_ranks(rank):
                 restore(run)
             if sum_over_ranks(run, [run.step])[0] != run.step * world:
-                raise InputError(f"{args.out}: the ranks found different checkpoints: name an --out that all nodes see")
+                raise InputError(
+                    f"{args.out}: the ranks found different checkpoints: name an --out that all nodes see"
+                )
             try:
                 train(run)
             except Stopped as e:
-                number, saved = e.args[0], "not saved" if sum_over_ranks(run, [run.unsaved])[0] else "saved"
-                print_line(f"rank {rank}: stopped by {signal.Signals(number).name} at step {run.step}, {saved}: the same command goes on",
-                     error=True)
+                number, saved = (
+                    e.args[0],
+                    "not saved" if sum_over_ranks(run, [run.unsaved])[0] else "saved",
+                )
+                print_line(
+                    f"rank {rank}: stopped by {signal.Signals(number).name} at step {run.step}, {saved}: the same command goes on",
+                    error=True,
+                )
                 return 128 + number
             return finish(run)
 

@@ -7,6 +7,7 @@
 
 Checkpoints bring their data set with them (--data and --root name another place). Pixels are X,Y in the image, from 0.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -52,12 +53,19 @@ def largest_boxes(weight: np.ndarray, count: int = 2) -> list[tuple[int, int, in
     weight = weight.astype(np.float64)
     for _ in range(count):
         total = np.pad(weight, ((1, 0), (1, 0))).cumsum(0).cumsum(1)  # summed-area table
-        sums = total[side:, side:] - total[:-side, side:] - total[side:, :-side] + total[:-side, :-side]
+        sums = (
+            total[side:, side:]
+            - total[:-side, side:]
+            - total[side:, :-side]
+            + total[:-side, :-side]
+        )
         top, left = (int(i) for i in np.unravel_index(sums.argmax(), sums.shape))
         if sums[top, left] < 0.02 * side * side:
             break
         found.append((left, top, side))
-        weight[top:top + side, left:left + side] = -float(weight.size)  # no later square gains by touching this one
+        weight[top : top + side, left : left + side] = -float(
+            weight.size
+        )  # no later square gains by touching this one
     return found
 
 
@@ -69,7 +77,12 @@ def boxed(image: Image.Image, boxes: Sequence[tuple[int, int, int]], width: int)
     for box in boxes:
         x, y, s = (round(v * scale) for v in box)
         for outset, color, line in ((1, "black", 4), (0, "white", 2)):
-            ends = max(0, x - outset), max(0, y - outset), min(out.width - 1, x + s + outset), min(out.height - 1, y + s + outset)
+            ends = (
+                max(0, x - outset),
+                max(0, y - outset),
+                min(out.width - 1, x + s + outset),
+                min(out.height - 1, y + s + outset),
+            )
             ImageDraw.Draw(out).rectangle(ends, outline=color, width=line)
     return out
 
@@ -88,20 +101,29 @@ def disagreement(guesses: Sequence[np.ndarray], truth: np.ndarray | None) -> np.
     return differ if truth is None else differ & (truth != IGNORE)
 
 
-def predictions(args: argparse.Namespace, device: torch.device) -> tuple[DataSet, list[int], list[list[np.ndarray]]]:
+def predictions(
+    args: argparse.Namespace, device: torch.device
+) -> tuple[DataSet, list[int], list[list[np.ndarray]]]:
     """The data set, the chosen image numbers, and each checkpoint's class ids (H, W) of each. One network at a time is held.
     InputError: unequal classes, no such image."""
     guesses = []
     for path in args.checkpoints:
         net, checkpoint = load(path, device, args.context)
         dataset = open_like(checkpoint, args.data, args.root, args.split, path)
-        chosen = args.images or np.linspace(0, len(dataset) - 1, min(3, len(dataset))).round().astype(int).tolist()
+        chosen = (
+            args.images
+            or np.linspace(0, len(dataset) - 1, min(3, len(dataset))).round().astype(int).tolist()
+        )
         if not all(0 <= i < len(dataset) for i in chosen):
-            raise InputError(f"--images {' '.join(map(str, chosen))}: expected numbers in 0..{len(dataset) - 1}, the images of "
-                            f"{dataset.name} {args.split}")
+            raise InputError(
+                f"--images {' '.join(map(str, chosen))}: expected numbers in 0..{len(dataset) - 1}, the images of "
+                f"{dataset.name} {args.split}"
+            )
         amp = AMP[choose_amp(checkpoint["amp"], device)]
         images = (torch.tensor(read(dataset, i)[0]).permute(2, 0, 1) for i in chosen)
-        guesses.append([predict_ids(net, image, path, device=device, amp=amp)[0] for image in images])
+        guesses.append(
+            [predict_ids(net, image, path, device=device, amp=amp)[0] for image in images]
+        )
     return dataset, chosen, guesses
 
 
@@ -118,7 +140,10 @@ def compare(args: argparse.Namespace, device: torch.device) -> Image.Image:
         image, truth = read(dataset, i)
         shown = row if truth is None else (*row, truth)
         if args.name is None:
-            boxes, cells = largest_boxes(disagreement(row, truth)), [colorize(ids, dataset.colors) for ids in shown]
+            boxes, cells = (
+                largest_boxes(disagreement(row, truth)),
+                [colorize(ids, dataset.colors) for ids in shown],
+            )
         else:
             c = dataset.classes.index(args.name)
             boxes, cells = [], [region(image, ids == c, dataset.colors[c]) for ids in shown]
@@ -130,7 +155,9 @@ def compare(args: argparse.Namespace, device: torch.device) -> Image.Image:
 def named(names: Sequence[str] | None, paths: Sequence[str]) -> Sequence[str]:
     """A title for each path: --names, or the end of the path. InputError when they are not as many."""
     if names and len(names) != len(paths):
-        raise InputError(f"--names: got {len(names)} names for {len(paths)} paths: give one for each")
+        raise InputError(
+            f"--names: got {len(names)} names for {len(paths)} paths: give one for each"
+        )
     return names or [str(Path(*Path(p).parts[-2:])) for p in paths]
 
 
@@ -143,13 +170,24 @@ def read_log(run: str) -> list[dict]:
     try:
         if not path.is_file():  # a pipe would be waited for
             raise OSError(0, "no such file")
-        epochs = [e for e in map(json.loads, path.read_text(encoding="utf-8").splitlines()) if "settings" not in e]
-        if not epochs or not all(type(e["epoch"]) is int and e["epoch"] > 0 and is_value(e["loss"]) and is_value(e["miou"])
-                                 for e in epochs):
+        epochs = [
+            e
+            for e in map(json.loads, path.read_text(encoding="utf-8").splitlines())
+            if "settings" not in e
+        ]
+        if not epochs or not all(
+            type(e["epoch"]) is int
+            and e["epoch"] > 0
+            and is_value(e["loss"])
+            and is_value(e["miou"])
+            for e in epochs
+        ):
             raise ValueError("no epoch in it, or other values than train.py writes")
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
-        raise InputError(f"{path}: not the log of a run ({getattr(e, 'strerror', None) or e}): name the folder that train.py "
-                        "wrote, after its first epoch") from None
+        raise InputError(
+            f"{path}: not the log of a run ({getattr(e, 'strerror', None) or e}): name the folder that train.py "
+            "wrote, after its first epoch"
+        ) from None
     return epochs
 
 
@@ -163,11 +201,19 @@ def ticks(low: float, high: float, about: int = 8) -> list[float]:
     rough = max(high - low, 1e-9) / about
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
-    return [round(i * step, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return [
+        round(i * step, 12)
+        for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    ]
 
 
-def panel(title: str, lines: Sequence[Sequence[tuple[float, float]]], colors: Sequence[tuple[int, int, int]],
-          x_end: int, size: tuple[int, int]) -> Image.Image:
+def panel(
+    title: str,
+    lines: Sequence[Sequence[tuple[float, float]]],
+    colors: Sequence[tuple[int, int, int]],
+    x_end: int,
+    size: tuple[int, int],
+) -> Image.Image:
     """A diagram of lines of points (epoch, value) over the epochs 0..x_end, of the size (width, height)."""
     out, font = Image.new("RGB", size, "white"), load_font(24)
     draw, (left, top, right, bottom) = ImageDraw.Draw(out), (90, 50, size[0] - 30, size[1] - 60)
@@ -194,11 +240,15 @@ def panel(title: str, lines: Sequence[Sequence[tuple[float, float]]], colors: Se
     return out
 
 
-def curves(runs: Sequence[str], names: Sequence[str] | None = None, width: int = 900) -> Image.Image:
+def curves(
+    runs: Sequence[str], names: Sequence[str] | None = None, width: int = 900
+) -> Image.Image:
     """Training loss and validation mIoU of runs over their epochs, side by side. InputError: a run without a log."""
     logs, colors = [read_log(run) for run in runs], palette(len(runs))
     last = max(log[-1]["epoch"] for log in logs)
-    out = Image.new("RGB", (2 * width, 760 + 40 * len(runs)), "white")  # drawn twice as large: smooth lines
+    out = Image.new(
+        "RGB", (2 * width, 760 + 40 * len(runs)), "white"
+    )  # drawn twice as large: smooth lines
     for i, (key, title) in enumerate((("loss", "training loss"), ("miou", "validation mIoU"))):
         lines = [[(e["epoch"], e[key]) for e in log if e[key] is not None] for log in logs]
         out.paste(panel(title, lines, colors, last, (width, 760)), (i * width, 0))
@@ -207,7 +257,9 @@ def curves(runs: Sequence[str], names: Sequence[str] | None = None, width: int =
         best = max((e["miou"] for e in logs[i] if e["miou"] is not None), default=None)
         draw.rectangle((90, 770 + 40 * i, 130, 790 + 40 * i), color)
         text = name if best is None else f"{name}   best mIoU {best:.4f}"
-        draw.text((145, 780 + 40 * i), shorten(text, font, 2 * width - 160), "black", font, anchor="lm")
+        draw.text(
+            (145, 780 + 40 * i), shorten(text, font, 2 * width - 160), "black", font, anchor="lm"
+        )
     return out.resize((width, out.height // 2), Image.Resampling.LANCZOS)
 
 
@@ -225,7 +277,11 @@ def attention(args: argparse.Namespace, device: torch.device) -> Image.Image:
             require_pixel(pixel, image.shape[2], image.shape[1], path)
         ids = predict_ids(net, image, path, device=device, amp=amp)[0]
         for x, y in args.pixel or draw_pixels(ids, 2, np.random.default_rng(args.seed)):
-            rows.append(attention_row(net, image, (x, y), f"{x},{y} {checkpoint['classes'][ids[y, x]]}", args.width))
+            rows.append(
+                attention_row(
+                    net, image, (x, y), f"{x},{y} {checkpoint['classes'][ids[y, x]]}", args.width
+                )
+            )
     return attention_sheet(rows)
 
 
@@ -236,29 +292,57 @@ def parse_figure(argv: Sequence[str] | None = None) -> argparse.Namespace:
     a = figures.add_parser("attention", help="A, A', A'' and P_class of chosen pixels")
     a.add_argument("checkpoint")
     a.add_argument("images", nargs="+", metavar="IMAGE")
-    a.add_argument("--pixel", type=pixel_of, nargs="+", metavar="X,Y", help="(default: from the predicted classes)")
+    a.add_argument(
+        "--pixel",
+        type=pixel_of,
+        nargs="+",
+        metavar="X,Y",
+        help="(default: from the predicted classes)",
+    )
     a.add_argument("--seed", type=int, default=0, help="of drawn pixels")
-    for name, text in (("compare", "predictions side by side"), ("region", "the region predicted as one class")):
+    for name, text in (
+        ("compare", "predictions side by side"),
+        ("region", "the region predicted as one class"),
+    ):
         c = figures.add_parser(name, help=text)
         c.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT")
         c.add_argument("--names", nargs="+", help="titles of the checkpoints")
         add_flags(c, "data", "root", "split")
-        c.add_argument("--images", type=int, nargs="+", metavar="I", help="numbers of images, from 0 (default: three)")
-        c.add_argument("--class", dest="name", required=True) if name == "region" else c.set_defaults(name=None)
+        c.add_argument(
+            "--images",
+            type=int,
+            nargs="+",
+            metavar="I",
+            help="numbers of images, from 0 (default: three)",
+        )
+        c.add_argument(
+            "--class", dest="name", required=True
+        ) if name == "region" else c.set_defaults(name=None)
     c = figures.add_parser("curves", help="loss and mIoU of runs")
     c.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or its log.jsonl")
     c.add_argument("--names", nargs="+", help="titles of the runs")
     for name, p in figures.choices.items():
-        p.add_argument("--out", default=f"{name}.png", help=f"the picture to write (default: {name}.png)")
-        p.add_argument("--width", type=int, default=900, help="of the picture, in pixels (default: 900)")
+        p.add_argument(
+            "--out", default=f"{name}.png", help=f"the picture to write (default: {name}.png)"
+        )
+        p.add_argument(
+            "--width", type=int, default=900, help="of the picture, in pixels (default: 900)"
+        )
         if name != "curves":
-            p.add_argument("--context", nargs="+", default=[], help="MODULE:FACTORY, again, where training was given one")
+            p.add_argument(
+                "--context",
+                nargs="+",
+                default=[],
+                help="MODULE:FACTORY, again, where training was given one",
+            )
     args = main.parse_args(argv)
     if not 200 <= args.width <= 20000:
         raise InputError(f"--width {args.width}: expected 200 to 20000")
     least = 40 * (len(args.checkpoints) + 2) if args.figure in ("compare", "region") else 0
     if args.width < least:
-        raise InputError(f"--width {args.width}: too narrow for {len(args.checkpoints)} checkpoints; expected {least} or more")
+        raise InputError(
+            f"--width {args.width}: too narrow for {len(args.checkpoints)} checkpoints; expected {least} or more"
+        )
     if args.figure == "attention" and args.seed < 0:
         raise InputError(f"--seed {args.seed}: expected 0 or more")
     if not args.out.lower().endswith(".png"):
@@ -273,7 +357,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.figure == "curves":
         out = curves(args.runs, args.names, args.width)
     else:
-        out = {"attention": attention, "compare": compare, "region": compare}[args.figure](args, device)
+        out = {"attention": attention, "compare": compare, "region": compare}[args.figure](
+            args, device
+        )
     save(out, Path(args.out))
     print(f"wrote {args.out}, {out.width}x{out.height}")
     return 0

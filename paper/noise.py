@@ -11,6 +11,7 @@ The paper shows them as pictures (Section I, Figs. 1, 11). Here, for a query of 
 with b the row within the n_c pixels of class c, normalised, and H its entropy; pixels of label 255 are left out. Averaged
 over queries, then over classes. Only rows of sampled queries are made, in fp32: no N x N map.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -51,7 +52,10 @@ def intra_class(rows: Tensor, label: Tensor, classes: Tensor) -> Tensor:
 
 def labels_at(label: Tensor, size: tuple[int, int]) -> Tensor:
     """label (H, W) -> (h*w,), the nearest pixel to each position of F, whose corners are the image's as in `dnl.resize`."""
-    y, x = (torch.linspace(0, n - 1, m, dtype=torch.float64).round().long() for n, m in zip(label.shape, size))
+    y, x = (
+        torch.linspace(0, n - 1, m, dtype=torch.float64).round().long()
+        for n, m in zip(label.shape, size)
+    )
     return label[y.to(label.device)][:, x.to(label.device)].flatten()
 
 
@@ -66,30 +70,47 @@ def sample_queries(label: np.ndarray, count: int, rng: np.random.Generator) -> n
 
 
 @torch.inference_mode()
-def image_noise(net: dnl.Network, image: Tensor, label: Tensor, count: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+def image_noise(
+    net: dnl.Network, image: Tensor, label: Tensor, count: int, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
     """Both noises of A, A', A'' for sampled queries of one image: (3, 2, R) float64, and their classes (R,) int64.
     image (3, H, W) 0..255, label (H, W), both on the network's device."""
     q, k, p, size = attention_inputs(net, image)
     label = labels_at(label, size).long()  # (N,)
     queries = torch.from_numpy(sample_queries(label.cpu().numpy(), count, rng)).to(label.device)
     maps = dnl.denoised_maps(q, k, p, size, net.context.kernel, queries)  # 3 times (1, R, N)
-    values = [torch.stack([f(a[0], label, label[queries]) for f in (inter_class, intra_class)]) for a in maps]
+    values = [
+        torch.stack([f(a[0], label, label[queries]) for f in (inter_class, intra_class)])
+        for a in maps
+    ]
     return torch.stack(values), label[queries]
 
 
-def measure(net: dnl.Network, dataset: DataSet, *, queries: int, seed: int, device: torch.device, workers: int = 0,
-            progress: Callable[[int, int], None] = lambda done, n: None) -> tuple[Tensor, Tensor]:
+def measure(
+    net: dnl.Network,
+    dataset: DataSet,
+    *,
+    queries: int,
+    seed: int,
+    device: torch.device,
+    workers: int = 0,
+    progress: Callable[[int, int], None] = lambda done, n: None,
+) -> tuple[Tensor, Tensor]:
     """Mean noise (3, 2, n) of each map and class over the data set, NaN for a class without a query, and the numbers of
     queries that counted (3, 2, n). The queries of image i depend on (seed, i) alone. InputError: no ground truth."""
     if not dataset.labelled:
-        raise InputError(f"split {dataset.split!r} of {dataset.name} has no ground truth: take a labelled one")
+        raise InputError(
+            f"split {dataset.split!r} of {dataset.name} has no ground truth: take a labelled one"
+        )
     sums = torch.zeros(3, 2, len(dataset.classes), dtype=torch.float64, device=device)
     counts = torch.zeros_like(sums)
     for index, image, label in eval_images(dataset, 0, 1, workers):
         progress(index + 1, len(dataset))
         if (label == IGNORE).all():
             continue  # no query
-        values, classes = image_noise(net, image.to(device), label.to(device), queries, np.random.default_rng((seed, index)))
+        values, classes = image_noise(
+            net, image.to(device), label.to(device), queries, np.random.default_rng((seed, index))
+        )
         sums.index_add_(2, classes, values.nan_to_num(0))
         counts.index_add_(2, classes, (~values.isnan()).double())
     return (sums / counts).cpu(), counts.long().cpu()
@@ -99,18 +120,30 @@ def noise_table(means: Tensor, counts: Tensor, classes: Sequence[str]) -> str:
     """means and counts of `measure` as lines for people: a row per class, then the mean over classes."""
     width = max(len("mean"), *map(len, classes))
     heads = [f"{noise} {m}" for noise in NOISES for m in MAPS]
-    rows = [*zip(classes, means.permute(2, 1, 0).flatten(1).tolist(), counts[0, 0].tolist()),
-            ("mean", means.nanmean(2).T.flatten().tolist(), int(counts[0, 0].sum()))]
-    lines = [f"{name:<{width}}  {n:>7}  " + "  ".join(f"{'-' if v != v else f'{v:.4f}':>9}" for v in values)
-             for name, values, n in rows]
-    return "\n".join([f"{'class':<{width}}  queries  " + "  ".join(f"{h:>9}" for h in heads), *lines])
+    rows = [
+        *zip(classes, means.permute(2, 1, 0).flatten(1).tolist(), counts[0, 0].tolist()),
+        ("mean", means.nanmean(2).T.flatten().tolist(), int(counts[0, 0].sum())),
+    ]
+    lines = [
+        f"{name:<{width}}  {n:>7}  "
+        + "  ".join(f"{'-' if v != v else f'{v:.4f}':>9}" for v in values)
+        for name, values, n in rows
+    ]
+    return "\n".join(
+        [f"{'class':<{width}}  queries  " + "  ".join(f"{h:>9}" for h in heads), *lines]
+    )
 
 
 def as_plain(means: Tensor, counts: Tensor, classes: Sequence[str]) -> dict[str, dict]:
     """{"A": {"inter": {"mean": x, "classes": {name: x}, "queries": {name: n}}, "intra": ...}, ...}, None for NaN."""
+
     def one(row: Tensor, n: Tensor) -> dict:
         mean, *each = [None if v != v else v for v in [float(row.nanmean()), *row.tolist()]]
-        return {"mean": mean, "classes": dict(zip(classes, each)), "queries": dict(zip(classes, n.tolist()))}
+        return {
+            "mean": mean,
+            "classes": dict(zip(classes, each)),
+            "queries": dict(zip(classes, n.tolist())),
+        }
 
     return {m: dict(zip(NOISES, map(one, row, n))) for m, row, n in zip(MAPS, means, counts)}
 
@@ -119,7 +152,12 @@ def parse_noise(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments. InputError for values out of range."""
     p = Parser(prog="python -m paper.noise", description="Attention noise of a checkpoint")
     p.add_argument("checkpoint")
-    p.add_argument("--queries", type=int, default=64, help="query pixels of an image, even over its classes (default: 64)")
+    p.add_argument(
+        "--queries",
+        type=int,
+        default=64,
+        help="query pixels of an image, even over its classes (default: 64)",
+    )
     p.add_argument("--seed", type=int, default=0, help="of the choice of query pixels")
     args = parse_flags(p, argv, "data", "root", "split", "context", "workers", "json")
     if args.queries < 1 or args.seed < 0:
@@ -135,12 +173,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     require_attention(net, args.checkpoint)
     dataset = open_like(checkpoint, args.data, args.root, args.split, args.checkpoint)
     live = on_terminal(sys.stderr)
-    means, counts = measure(net, dataset, queries=args.queries, seed=args.seed, device=device, workers=args.workers,
-                            progress=lambda i, n: live and print_line(f"\r{i}/{n} images", error=True, end="\n" * (i == n)))
+    means, counts = measure(
+        net,
+        dataset,
+        queries=args.queries,
+        seed=args.seed,
+        device=device,
+        workers=args.workers,
+        progress=lambda i, n: (
+            live and print_line(f"\r{i}/{n} images", error=True, end="\n" * (i == n))
+        ),
+    )
     print(noise_table(means, counts, dataset.classes))
     if args.json:
-        print(json.dumps({"maps": as_plain(means, counts, dataset.classes), "data": dataset.name, "split": args.split,
-                          "images": len(dataset), "queries": args.queries, "seed": args.seed}))
+        print(
+            json.dumps(
+                {
+                    "maps": as_plain(means, counts, dataset.classes),
+                    "data": dataset.name,
+                    "split": args.split,
+                    "images": len(dataset),
+                    "queries": args.queries,
+                    "seed": args.seed,
+                }
+            )
+        )
     return 0
 
 

@@ -8,6 +8,7 @@ called with it. Widths are given at C = 512 in the sources and scale with C here
 
 The equations are functions (`attention`, `channel_attention`, `criss_cross`); the modules hold the parameters.
 """
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ POOL_SIZES = (1, 2, 3, 6)  # of PPM and of DRANet's tokens: 1 + 4 + 9 + 36 = 50
 
 
 # ---- functions: the equations
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0) -> Tensor:
     """out_j = sum_i softmax_i(scale * Q_j . K_i) V_i: q (B, c, N), k (B, c, M), v (B, C, M) -> (B, C, N).
@@ -53,23 +55,30 @@ def criss_cross(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         row = torch.einsum("bchw,bchj->bhwj", q, k)  # (B, H, W, W)
         own = torch.eye(H, dtype=torch.bool, device=q.device)[:, None]  # (H, 1, H)
         a = torch.cat([column.masked_fill(own, float("-inf")), row], dim=-1).softmax(-1).to(v.dtype)
-    return (torch.einsum("bhwi,bciw->bchw", a[..., :H], v)
-            + torch.einsum("bhwj,bchj->bchw", a[..., H:], v))
+    return torch.einsum("bhwi,bciw->bchw", a[..., :H], v) + torch.einsum(
+        "bhwj,bchj->bchw", a[..., H:], v
+    )
 
 
 # ---- parts
 
+
 def _width(channels: int, divisor: int) -> int:
     """channels // divisor; ValueError where nothing would be left."""
     if channels < divisor:
-        raise ValueError(f"context module: got {channels} channels, expected {divisor} or more: widen the reduction")
+        raise ValueError(
+            f"context module: got {channels} channels, expected {divisor} or more: widen the reduction"
+        )
     return channels // divisor
 
 
-def _conv_bn_relu(inputs: int, outputs: int, kernel: int = 1, dilation: int = 1,
-                  bias: bool = False) -> nn.Sequential:
+def _conv_bn_relu(
+    inputs: int, outputs: int, kernel: int = 1, dilation: int = 1, bias: bool = False
+) -> nn.Sequential:
     """A convolution that keeps the size, batch norm, ReLU."""
-    conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2 * dilation, dilation=dilation, bias=bias)
+    conv = nn.Conv2d(
+        inputs, outputs, kernel, padding=kernel // 2 * dilation, dilation=dilation, bias=bias
+    )
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
 
 
@@ -88,9 +97,13 @@ class Pooled(nn.Module):
         pooled = F.adaptive_avg_pool2d(x, self.size)
         try:
             return self.layers(pooled)
-        except ValueError as error:  # only batch norm knows whether it is synchronised with other ranks
-            raise ValueError(f"context module: got a training batch of {len(x)} image, expected 2 or more for the "
-                             f"batch norm after pooling to {self.size}x{self.size}: raise --batch") from error
+        except (
+            ValueError
+        ) as error:  # only batch norm knows whether it is synchronised with other ranks
+            raise ValueError(
+                f"context module: got a training batch of {len(x)} image, expected 2 or more for the "
+                f"batch norm after pooling to {self.size}x{self.size}: raise --batch"
+            ) from error
 
 
 class Dual(nn.Module):
@@ -107,6 +120,7 @@ class Dual(nn.Module):
 
 # ---- modules
 
+
 class NonLocal(nn.Module):
     """gamma * A V + x, gamma 0 at the start; q, k (C/8) and v (C) 1x1 convolutions: (B, C, H, W) -> same."""
 
@@ -118,7 +132,9 @@ class NonLocal(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (layer(x).flatten(2) for layer in (self.query, self.key, self.value))  # (B, C/8 or C, N)
+        q, k, v = (
+            layer(x).flatten(2) for layer in (self.query, self.key, self.value)
+        )  # (B, C/8 or C, N)
         return self.gamma * attention(q, k, v).view_as(x) + x
 
 
@@ -156,12 +172,16 @@ class CompactPosition(nn.Module):
         super().__init__()
         self.encoders = nn.ModuleList(Pooled(channels, channels, size) for size in POOL_SIZES)
         self.query = nn.Conv2d(channels, _width(channels, 4), 1)
-        self.key = nn.Conv1d(channels, _width(channels, 4), 1)  # of width 1 over tokens: a linear layer
+        self.key = nn.Conv1d(
+            channels, _width(channels, 4), 1
+        )  # of width 1 over tokens: a linear layer
         self.value = nn.Conv1d(channels, channels, 1)
         self.gamma = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = torch.cat([encoder(x).flatten(2) for encoder in self.encoders], dim=2)  # (B, C, 50)
+        tokens = torch.cat(
+            [encoder(x).flatten(2) for encoder in self.encoders], dim=2
+        )  # (B, C, 50)
         context = attention(self.query(x).flatten(2), self.key(tokens), self.value(tokens))
         return self.gamma * context.view_as(x) + x
 
@@ -190,11 +210,15 @@ class ObjectContext(nn.Module):
         self.expand = nn.Conv2d(width, channels, 1)
         nn.init.zeros_(self.expand.weight)
         nn.init.zeros_(self.expand.bias)
-        self.fuse = nn.Sequential(_conv_bn_relu(2 * channels, channels, bias=True), nn.Dropout2d(0.05))
+        self.fuse = nn.Sequential(
+            _conv_bn_relu(2 * channels, channels, bias=True), nn.Dropout2d(0.05)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         q, v = self.shared(x).flatten(2), self.value(x)  # the query is the key: computed once
-        context = attention(q, q, v.flatten(2), scale=q.shape[1] ** -0.5).view_as(v)  # (B, C/2, H, W)
+        context = attention(q, q, v.flatten(2), scale=q.shape[1] ** -0.5).view_as(
+            v
+        )  # (B, C/2, H, W)
         return self.fuse(torch.cat([self.expand(context), x], dim=1))
 
 
@@ -210,7 +234,10 @@ class PyramidPooling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         size = x.shape[2:]
-        levels = [F.interpolate(level(x), size, mode="bilinear", align_corners=True) for level in self.levels]
+        levels = [
+            F.interpolate(level(x), size, mode="bilinear", align_corners=True)
+            for level in self.levels
+        ]
         return self.fuse(torch.cat([x, *levels], dim=1))
 
 
@@ -220,8 +247,12 @@ class AtrousPyramid(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         width = _width(channels, 2)
-        self.branches = nn.ModuleList([
-            _conv_bn_relu(channels, width), *(_conv_bn_relu(channels, width, 3, rate) for rate in (6, 12, 18))])
+        self.branches = nn.ModuleList(
+            [
+                _conv_bn_relu(channels, width),
+                *(_conv_bn_relu(channels, width, 3, rate) for rate in (6, 12, 18)),
+            ]
+        )
         self.image = Pooled(channels, width, 1)
         self.fuse = nn.Sequential(_conv_bn_relu(5 * width, channels), nn.Dropout(0.5))
 
@@ -231,6 +262,7 @@ class AtrousPyramid(nn.Module):
 
 
 # ---- factories: what --context names
+
 
 def nl(channels: int, num_classes: int) -> nn.Module:
     """Plain non-local attention (as DANet's position branch). 328,321 parameters at 512 channels."""

@@ -9,6 +9,7 @@ all flags not known here. OUT/METHOD-seedS is a run of train.py, with what it pr
 has a line for each finished run, OUT/table.md the mean and standard deviation beside the paper's figures. The same
 command again goes on where it was, and repeats nothing that is finished.
 """
+
 from __future__ import annotations
 
 import fcntl
@@ -61,16 +62,27 @@ BLOCKS: tuple[tuple[str, Callable[[], nn.Module], bool, float | None, int | None
     ("DRANet*", partial(peers.dranet, CHANNELS, CLASSES), False, 0.76, 30),
     ("Denoised NL, map route, P given", partial(MapRoute, CHANNELS, 0), True, 7.83, 428),
     ("Denoised NL, value route, P given", partial(DenoisedNonLocal, CHANNELS, 0), True, 7.83, 428),
-    ("Denoised NL, value route, own P", partial(DenoisedNonLocal, CHANNELS, CLASSES), False, 7.83, 428),
+    (
+        "Denoised NL, value route, own P",
+        partial(DenoisedNonLocal, CHANNELS, CLASSES),
+        False,
+        7.83,
+        428,
+    ),
     ("OCNet", partial(peers.ocnet, CHANNELS, CLASSES), False, None, None),
     ("PPM", partial(peers.ppm, CHANNELS, CLASSES), False, None, None),
-    ("ASPP", partial(peers.aspp, CHANNELS, CLASSES), False, None, None))
+    ("ASPP", partial(peers.aspp, CHANNELS, CLASSES), False, None, None),
+)
 
 
-def ready(make: Callable[[], nn.Module], given: bool, device: torch.device) -> tuple[nn.Module, list[Tensor]]:
+def ready(
+    make: Callable[[], nn.Module], given: bool, device: torch.device
+) -> tuple[nn.Module, list[Tensor]]:
     """The block in eval mode, and its inputs: F (1, 512, 48, 48) and, where it is given, P (1, 19, 48, 48)."""
     with device:
-        return make().eval(), [torch.randn(1, c, SIDE, SIDE) for c in ([CHANNELS, CLASSES] if given else [CHANNELS])]
+        return make().eval(), [
+            torch.randn(1, c, SIDE, SIDE) for c in ([CHANNELS, CLASSES] if given else [CHANNELS])
+        ]
 
 
 @torch.no_grad()
@@ -86,28 +98,55 @@ def count(make: Callable[[], nn.Module], given: bool) -> tuple[float, int]:
 def complexity(device: torch.device) -> dict[str, Any]:
     """Table V: {"mode": how it is measured, "rows": [{"method", "gflops", "parameters", "memory" (MiB), "time" (ms),
     "paper_gflops", "paper_memory"}]}."""
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    mode = (f"The block alone on one input {CHANNELS}x{SIDE}x{SIDE} (a 768x768 image at stride 16), {CLASSES} classes, "
-            f"forward in eval mode without gradient, fp32, {where}. GFLOPs: 2 a multiply-add, convolutions and matrix "
-            "products. MiB: peak of allocations over the input and the parameters. ms: median of 10, in turn. P given: "
-            "without the 1x1 convolution that predicts P. The paper states neither mode nor unit of its memory (M).")
+    where = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+    mode = (
+        f"The block alone on one input {CHANNELS}x{SIDE}x{SIDE} (a 768x768 image at stride 16), {CLASSES} classes, "
+        f"forward in eval mode without gradient, fp32, {where}. GFLOPs: 2 a multiply-add, convolutions and matrix "
+        "products. MiB: peak of allocations over the input and the parameters. ms: median of 10, in turn. P given: "
+        "without the 1x1 convolution that predicts P. The paper states neither mode nor unit of its memory (M)."
+    )
     runs, rows = {}, []
     for name, make, given, *_ in BLOCKS:
         block, inputs = ready(make, given, device)
         runs[name] = partial(block, *inputs)
-    times = in_turn(runs, 10, device)  # before the memory: it also lets libraries take their workspaces
+    times = in_turn(
+        runs, 10, device
+    )  # before the memory: it also lets libraries take their workspaces
     for name, make, given, paper_gflops, paper_memory in BLOCKS:
         gflops, parameters = count(make, given)
         peak, _ = peak_memory(lambda: [runs[name]()], device)
-        rows.append({"method": name, "gflops": gflops, "parameters": parameters, "memory": peak / 2**20,
-                     "time": 1000 * times[name], "paper_gflops": paper_gflops, "paper_memory": paper_memory})
+        rows.append(
+            {
+                "method": name,
+                "gflops": gflops,
+                "parameters": parameters,
+                "memory": peak / 2**20,
+                "time": 1000 * times[name],
+                "paper_gflops": paper_gflops,
+                "paper_memory": paper_memory,
+            }
+        )
     return {"mode": mode, "rows": rows}
 
 
 def complexity_table(result: dict[str, Any]) -> str:
     """What `complexity` gives, as Markdown."""
-    rows = [[r["method"], f"{r['gflops']:.2f}", r["paper_gflops"] or "", f"{r['parameters']:,}", f"{r['memory']:.1f}",
-             r["paper_memory"] or "", f"{r['time']:.1f}"] for r in result["rows"]]
+    rows = [
+        [
+            r["method"],
+            f"{r['gflops']:.2f}",
+            r["paper_gflops"] or "",
+            f"{r['parameters']:,}",
+            f"{r['memory']:.1f}",
+            r["paper_memory"] or "",
+            f"{r['time']:.1f}",
+        ]
+        for r in result["rows"]
+    ]
     return f"{markdown(['Method', 'GFLOPs', 'paper', 'Parameters', 'MiB', 'paper, M', 'ms'], rows)}\n\n{result['mode']}"
 
 
@@ -134,9 +173,12 @@ METHODS = {  # by the name of the run's folder; Tables II, III and IV
     "ccnet": Method("CCNet", ("--context", "paper.peers:ccnet"), (79.9, 81.1)),
     "danet": Method("DANet", ("--context", "paper.peers:danet"), (80.3, 81.2)),
     "dranet": Method("DRANet*", ("--context", "paper.peers:dranet"), (80.2, 81.1)),
-    "dnl": Method("Denoised NL", (), (82.0, 83.5))}
-TABLES = {"ablation": ("none", "nl", "gr", "lr", "dnl"),
-          "compare": ("none", "ppm", "aspp", "nl", "ocnet", "ccnet", "danet", "dranet", "dnl")}
+    "dnl": Method("Denoised NL", (), (82.0, 83.5)),
+}
+TABLES = {
+    "ablation": ("none", "nl", "gr", "lr", "dnl"),
+    "compare": ("none", "ppm", "aspp", "nl", "ocnet", "ccnet", "danet", "dranet", "dnl"),
+}
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
 
@@ -158,11 +200,15 @@ class Cell:
         try:
             first, *epochs = map(json.loads, path.read_text().splitlines())
             if type(first["settings"]["epochs"]) is not int or not all(
-                    type(e["epoch"]) is int and (e["miou"] is None or 0 <= e["miou"] <= 1) for e in epochs):
+                type(e["epoch"]) is int and (e["miou"] is None or 0 <= e["miou"] <= 1)
+                for e in epochs
+            ):
                 raise ValueError("other values than train.py writes")
             return first["settings"], epochs
         except (ValueError, KeyError, TypeError, RecursionError) as e:
-            raise InputError(f"{path}: not the log of a run ({e}): remove its folder, or choose another --out") from None
+            raise InputError(
+                f"{path}: not the log of a run ({e}): remove its folder, or choose another --out"
+            ) from None
 
     def epoch(self) -> int:
         """Epochs that are done."""
@@ -177,13 +223,23 @@ class Cell:
         was, epochs = self.log()
         if not epochs or epochs[-1]["epoch"] < was["epochs"] or epochs[-1]["miou"] is None:
             return None
-        differ = [f"{k} {was[k]} -> {v}" for k, v in self.settings.items() if k in was and was[k] != v]
+        differ = [
+            f"{k} {was[k]} -> {v}" for k, v in self.settings.items() if k in was and was[k] != v
+        ]
         if differ:
-            raise InputError(f"{self.out}: finished with other settings ({'; '.join(differ)}): repeat its flags "
-                            "to keep it, or choose another --out")
+            raise InputError(
+                f"{self.out}: finished with other settings ({'; '.join(differ)}): repeat its flags "
+                "to keep it, or choose another --out"
+            )
         best = max(e["miou"] for e in epochs if e["miou"] is not None)
-        return {"method": self.name, "seed": self.seed, "miou": epochs[-1]["miou"], "best": best,
-                "out": str(self.out), "settings": was}
+        return {
+            "method": self.name,
+            "seed": self.seed,
+            "miou": epochs[-1]["miou"],
+            "best": best,
+            "out": str(self.out),
+            "settings": was,
+        }
 
 
 def cells_of(table: str, out: Path, seeds: Sequence[int], flags: Sequence[str]) -> list[Cell]:
@@ -196,10 +252,14 @@ def cells_of(table: str, out: Path, seeds: Sequence[int], flags: Sequence[str]) 
     parser.set_defaults(**dict.fromkeys(own))
     given = [k for k in own if getattr(parser.parse_args(flags), k) is not None]
     if given:
-        raise InputError(f"--{given[0].replace('_', '-')} among train.py's flags: the table sets it, leave it out")
+        raise InputError(
+            f"--{given[0].replace('_', '-')} among train.py's flags: the table sets it, leave it out"
+        )
     cells, common = [], recipe.parse_training(flags, world=1)
     data = open_dataset(common.data, common.root, common.split)
-    weights = recipe.read_weights(common.class_weights, data.classes) if common.class_weights else None
+    weights = (
+        recipe.read_weights(common.class_weights, data.classes) if common.class_weights else None
+    )
     for seed in dict.fromkeys(seeds):
         for name in TABLES[table]:
             folder = out / f"{name}-seed{seed}"
@@ -215,15 +275,23 @@ def start(cell: Cell, slot: int, jobs: int, script: Path, lock: int) -> subproce
     """train.py for a cell, on a GPU in turn where there are several. It holds the table's lock while it lives."""
     env = os.environ.copy()
     visible = env.get("CUDA_VISIBLE_DEVICES")
-    gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]  # no context
+    gpus = (
+        visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    )  # no context
     if len(gpus) > 1:
         env["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
     if jobs > 1:  # or each takes all the cores
         env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     cell.out.mkdir(parents=True, exist_ok=True)
     with open(cell.out / "output.txt", "a") as output:
-        return subprocess.Popen([sys.executable, str(script), *cell.argv], env=env, stdin=subprocess.DEVNULL,
-                                stdout=output, stderr=subprocess.STDOUT, pass_fds=[lock])
+        return subprocess.Popen(
+            [sys.executable, str(script), *cell.argv],
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            pass_fds=[lock],
+        )
 
 
 @contextmanager
@@ -234,13 +302,16 @@ def locked(out: Path) -> Iterator[int]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"{out}: another command, or a run it left, is at work there: wait or stop it") from None
+            raise InputError(
+                f"{out}: another command, or a run it left, is at work there: wait or stop it"
+            ) from None
         yield file.fileno()
 
 
 @contextmanager
 def children() -> Iterator[dict[subprocess.Popen, Any]]:
     """Processes, and what goes with each. Those left at Ctrl-C or SIGTERM are told to save and stop, and waited for."""
+
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
@@ -266,12 +337,19 @@ def report(cell: Cell, status: int) -> bool:
         print(f"{cell.out}: mIoU {result['miou']:.4f}", flush=True)
     else:
         tail = (cell.out / "output.txt").read_text(errors="replace").splitlines()[-20:]
-        print(f"{cell.out}: failed, exit status {status}; the others go on. The end of its output:", *tail,
-              sep="\n    ", file=sys.stderr, flush=True)
+        print(
+            f"{cell.out}: failed, exit status {status}; the others go on. The end of its output:",
+            *tail,
+            sep="\n    ",
+            file=sys.stderr,
+            flush=True,
+        )
     return result is not None
 
 
-def run_cells(cells: Sequence[Cell], jobs: int, lock: int, ended: Callable[[], None], script: Path) -> list[Cell]:
+def run_cells(
+    cells: Sequence[Cell], jobs: int, lock: int, ended: Callable[[], None], script: Path
+) -> list[Cell]:
     """Train the unfinished cells, `jobs` at a time; `ended` is called after each. Returns those that failed."""
     waiting, slots, failed = [c for c in cells if c.result() is None], list(range(jobs)), []
     before, began, shown = {c.out: c.epoch() for c in cells}, time.monotonic(), float("-inf")
@@ -290,7 +368,10 @@ def run_cells(cells: Sequence[Cell], jobs: int, lock: int, ended: Callable[[], N
                 shown = float("-inf")
             if time.monotonic() - shown > 60:
                 shown = time.monotonic()
-                print(progress([c for c in cells if c not in failed], before, shown - began), flush=True)
+                print(
+                    progress([c for c in cells if c not in failed], before, shown - began),
+                    flush=True,
+                )
     return failed
 
 
@@ -301,7 +382,9 @@ def progress(cells: Sequence[Cell], before: Mapping[Path, int], seconds: float) 
     if not new:
         return f"epoch {done}/{total} of all runs"
     left = int(seconds * (total - done) / new)
-    return f"epoch {done}/{total} of all runs, left {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+    return (
+        f"epoch {done}/{total} of all runs, left {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+    )
 
 
 def score_table(cells: Sequence[Cell], command: str) -> str:
@@ -312,20 +395,34 @@ def score_table(cells: Sequence[Cell], command: str) -> str:
     for name in dict.fromkeys(c.name for c in cells):
         results = [r for c in cells if c.name == name and (r := c.result())]
         last, best = ([100 * r[k] for r in results] for k in ("miou", "best"))
-        rows.append([METHODS[name].label, len(last), f"{statistics.mean(last):.2f}" if last else "",
-                     f"{statistics.stdev(last):.2f}" if len(last) > 1 else "",
-                     f"{statistics.mean(best):.2f}" if best else "",
-                     " / ".join(str(METHODS[name].paper[i]) for i in which)])
+        rows.append(
+            [
+                METHODS[name].label,
+                len(last),
+                f"{statistics.mean(last):.2f}" if last else "",
+                f"{statistics.stdev(last):.2f}" if len(last) > 1 else "",
+                f"{statistics.mean(best):.2f}" if best else "",
+                " / ".join(str(METHODS[name].paper[i]) for i in which),
+            ]
+        )
     paper = "paper " + " / ".join(("R-50", "R-101")[i] for i in which)
-    return (f"{markdown(['Method', 'runs', 'mIoU, %', 'deviation', 'best epoch', paper], rows)}\n\n"
-            f"mIoU of the last epoch on the validation split of {s['data']}, mean and sample standard deviation over "
-            "the seeds. Best epoch: mean of each run's best, which is chosen on the split that it is measured on. "
-            f"{s['backbone']}, preset {s['preset']}, epochs {s['epochs']}, crop {s['crop']}, batch {s['batch']}. "
-            f"The paper's: Cityscapes val, epochs 240, crop 768, batch 8.\n\n    {command}\n")
+    return (
+        f"{markdown(['Method', 'runs', 'mIoU, %', 'deviation', 'best epoch', paper], rows)}\n\n"
+        f"mIoU of the last epoch on the validation split of {s['data']}, mean and sample standard deviation over "
+        "the seeds. Best epoch: mean of each run's best, which is chosen on the split that it is measured on. "
+        f"{s['backbone']}, preset {s['preset']}, epochs {s['epochs']}, crop {s['crop']}, batch {s['batch']}. "
+        f"The paper's: Cityscapes val, epochs 240, crop 768, batch 8.\n\n    {command}\n"
+    )
 
 
-def run_table(table: str, out: Path, seeds: Sequence[int], jobs: int, flags: Sequence[str],
-              script: Path = TRAIN) -> int:
+def run_table(
+    table: str,
+    out: Path,
+    seeds: Sequence[int],
+    jobs: int,
+    flags: Sequence[str],
+    script: Path = TRAIN,
+) -> int:
     """Train a table's cells; after each, write OUT/results.jsonl and OUT/table.md. 1 where a cell failed, else 0."""
     cells = cells_of(table, out, seeds, flags)
     own = (table, "--out", str(out), "--seeds", *map(str, seeds))
@@ -350,9 +447,18 @@ def tables_parser() -> Parser:
     t = tables.add_parser("complexity", help="Table V", allow_abbrev=False)
     t.add_argument("--json", action="store_true", help="also one JSON object, as the last line")
     for name, what in (("ablation", "Table II"), ("compare", "Tables III and IV")):
-        t = tables.add_parser(name, help=what, allow_abbrev=False,
-                              description=f"{what}. All other flags go to train.py, whose --help lists them.")
-        t.add_argument("--out", type=Path, default=Path("runs") / name, help="folder of all its runs (%(default)s)")
+        t = tables.add_parser(
+            name,
+            help=what,
+            allow_abbrev=False,
+            description=f"{what}. All other flags go to train.py, whose --help lists them.",
+        )
+        t.add_argument(
+            "--out",
+            type=Path,
+            default=Path("runs") / name,
+            help="folder of all its runs (%(default)s)",
+        )
         t.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
         t.add_argument("--jobs", type=int, default=1, help="runs at a time, on the GPUs in turn")
     return p
@@ -363,7 +469,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     split = argv.index("--") if "--" in argv else len(argv)
     args, flags = tables_parser().parse_known_args(argv[:split])
-    flags += argv[split + 1:]
+    flags += argv[split + 1 :]
     if args.table == "complexity":
         if flags:
             raise InputError(f"{flags[0]}: not a flag of complexity, which takes --json alone")

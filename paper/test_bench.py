@@ -1,4 +1,5 @@
 """The benchmark's own arithmetic at tiny sizes. No time is asserted: a time is for the benchmark to report."""
+
 import json
 from dataclasses import replace
 
@@ -30,7 +31,9 @@ def test_routes_agree_with_their_formulas():
     size = (3, 4)
     draw = torch.Generator().manual_seed(1)
     q, k, v, p = (torch.randn(1, c, 12, generator=draw, dtype=torch.double) for c in (2, 2, 5, 3))
-    value, whole, nl, sdpa = (f(q, k, v, p) for f in bench.routes(size, ("value", "map", "nl", "sdpa")).values())
+    value, whole, nl, sdpa = (
+        f(q, k, v, p) for f in bench.routes(size, ("value", "map", "nl", "sdpa")).values()
+    )
     torch.testing.assert_close(value, whole)
     plain = torch.empty_like(v)
     for j in range(12):
@@ -42,15 +45,18 @@ def test_routes_agree_with_their_formulas():
 
 
 def test_block_rows():
-    rows = bench.block_rows((12, 16), ("value", "map", "nl"), 1, CPU, torch.float32, channels=16, classes=3)
+    rows = bench.block_rows(
+        (12, 16), ("value", "map", "nl"), 1, CPU, torch.float32, channels=16, classes=3
+    )
     assert [(r["pass"], r["route"]) for r in rows] == [
-        (p, r) for p in ("forward", "forward+backward") for r in ("value", "map", "nl")]
+        (p, r) for p in ("forward", "forward+backward") for r in ("value", "map", "nl")
+    ]
     out, gradients = 4 * 16 * 192, 4 * (2 + 2 + 16 + 3) * 192
     for row in rows:
         p = 3 if row["route"] != "nl" else 0
         results = out + (gradients - 4 * (3 - p) * 192) * (row["pass"] != "forward")
         assert row["peak"] - row["peak_over_outputs"] == results
-    assert rows[1]["peak"] > 9 * 4 * 192 ** 2  # the map route unfolds a whole map
+    assert rows[1]["peak"] > 9 * 4 * 192**2  # the map route unfolds a whole map
 
 
 def test_block_ratios():
@@ -58,7 +64,10 @@ def test_block_ratios():
         return {"n": n, "dtype": "float32", "pass": "forward", "route": route, "seconds": seconds}
 
     rows = [row(4, "value", 2.0), row(4, "map", 12.0), row(4, "nl", 4.0), row(16, "value", 90.0)]
-    assert bench.block_ratios(rows) == {"float32 forward value/nl": 0.5, "float32 forward map/value": 6.0}
+    assert bench.block_ratios(rows) == {
+        "float32 forward value/nl": 0.5,
+        "float32 forward map/value": 6.0,
+    }
 
 
 def test_network_report():
@@ -66,10 +75,19 @@ def test_network_report():
     rows = {(r["what"], r["variant"]): r for r in report["rows"]}
     assert set(rows) == {(w, v) for w in ("training", "inference") for v in ("asked", "plain")}
     asked, plain = rows["training", "asked"], rows["training", "plain"]
-    assert (asked["amp"], asked["channels_last"], plain["amp"], plain["channels_last"]) == ("bf16", True, "off", False)
+    assert (asked["amp"], asked["channels_last"], plain["amp"], plain["channels_last"]) == (
+        "bf16",
+        True,
+        "off",
+        False,
+    )
     assert asked["flops"] == plain["flops"] > 2 * rows["inference", "plain"]["flops"] > 0
-    assert report["ratios"]["training asked/plain"] == pytest.approx(asked["seconds"] / plain["seconds"])
-    assert asked["share"] == pytest.approx(asked["flops_per_second"] / asked["matrix_flops_per_second"])
+    assert report["ratios"]["training asked/plain"] == pytest.approx(
+        asked["seconds"] / plain["seconds"]
+    )
+    assert asked["share"] == pytest.approx(
+        asked["flops_per_second"] / asked["matrix_flops_per_second"]
+    )
     net = dnl.build(TINY)
     held = 8 * sum(p.numel() for p in net.parameters()) + sum(b.nbytes for b in net.buffers())
     assert plain["held"] == held
@@ -88,7 +106,9 @@ def test_loader_routes_make_the_same_sample(tmp_path):
     assert bench.make_tree(tmp_path, 3, (64, 128)) > 0
     dataset = data.open_dataset("cityscapes", tmp_path, "train")
     for i in range(3):
-        image, label = bench.resize_all(dataset, i, 80)  # the scaled image is smaller in some, larger in others
+        image, label = bench.resize_all(
+            dataset, i, 80
+        )  # the scaled image is smaller in some, larger in others
         want, ids, _ = data.sample(dataset, 0, 0, i, 80)
         assert image.shape == (3, 80, 80) and (label == ids.numpy()).mean() > 0.98
         assert np.abs(image.astype(int) - want.numpy()).max() <= 2
@@ -98,17 +118,22 @@ def test_loader_report():
     report = bench.loader(2, 32, 1, (64, 128))
     rates = {r["route"]: r["images_per_second"] for r in report["rows"]}
     assert list(rates) == ["resize_all", "crop_first", "cached"]
-    assert report["ratios"]["cached/crop_first"] == pytest.approx(rates["cached"] / rates["crop_first"])
+    assert report["ratios"]["cached/crop_first"] == pytest.approx(
+        rates["cached"] / rates["crop_first"]
+    )
 
 
 def test_markdown():
     assert bench.markdown(["a", "b"], [["x", 1], ["long", 22.5]]) == (
-        "| a    |    b |\n|------|-----:|\n| x    |    1 |\n| long | 22.5 |")
+        "| a    |    b |\n|------|-----:|\n| x    |    1 |\n| long | 22.5 |"
+    )
 
 
 def test_table_is_in_the_units_of_its_head():
     head, _, line = bench.table([{"route": "nl", "seconds": 0.25, "peak": 3 * 2**20}]).splitlines()
-    assert head.replace("|", "").split() == ["route", "ms", "peak", "MiB"] and line.replace("|", "").split() == ["nl", "250.00", "3.00"]
+    assert head.replace("|", "").split() == ["route", "ms", "peak", "MiB"] and line.replace(
+        "|", ""
+    ).split() == ["nl", "250.00", "3.00"]
 
 
 def test_json_is_the_last_line(capsys, monkeypatch):
@@ -116,11 +141,18 @@ def test_json_is_the_last_line(capsys, monkeypatch):
     monkeypatch.setattr(bench, "LARGE", ((4, 8),))
     assert bench.main(["block", "--runs", "1", "--json"]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {r["n"] for r in report["rows"]} == {16, 32} and set(report) == {"machine", "memory", "rows", "ratios"}
+    assert {r["n"] for r in report["rows"]} == {16, 32} and set(report) == {
+        "machine",
+        "memory",
+        "rows",
+        "ratios",
+    }
     assert set(report["machine"]) == {"cpu", "cores", "threads", "torch", "device"}
 
 
-@pytest.mark.parametrize("argv", [["loader", "--runs", "0"], ["network", "--size", "0", "64"], ["nothing"]])
+@pytest.mark.parametrize(
+    "argv", [["loader", "--runs", "0"], ["network", "--size", "0", "64"], ["nothing"]]
+)
 def test_wrong_arguments_are_one_line(argv):
     with pytest.raises(data.InputError) as e:
         bench.parse(argv)

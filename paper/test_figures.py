@@ -1,4 +1,5 @@
 """The pictures: what they show is checked pixel by pixel where it can be, and every figure runs end to end."""
+
 import json
 
 import numpy as np
@@ -36,9 +37,9 @@ def test_boxes_lie_where_the_weight_is():
     weight[5:14, 30:42], weight[28:36, 3:9] = 1, 1
     boxes = figures.largest_boxes(weight)
     for left, top, side in boxes:
-        best = max(weight[y:y + 10, x:x + 10].sum() for y in range(31) for x in range(43))
-        assert side == 10 and weight[top:top + 10, left:left + 10].sum() == best
-        weight[top:top + 10, left:left + 10] = -1e4
+        best = max(weight[y : y + 10, x : x + 10].sum() for y in range(31) for x in range(43))
+        assert side == 10 and weight[top : top + 10, left : left + 10].sum() == best
+        weight[top : top + 10, left : left + 10] = -1e4
     assert len(boxes) == 2
     weight = np.zeros((40, 40))
     weight[5:17, 5:17] = 1  # the best second square would overlap the first
@@ -61,9 +62,16 @@ def test_region_colours_the_mask_only():
     assert out.tolist() == [[[165, 35, 61], [50, 50, 50]]]
 
 
-@pytest.mark.parametrize("low, high, about, expected", [
-    (0, 36, 8, [0, 5, 10, 15, 20, 25, 30, 35]), (0.21, 0.52, 5, [0.3, 0.4, 0.5]), (0, 1, 1, [0, 1]), (0, 3, 3, [0, 1, 2, 3]),
-    (0.99, 1.01, 5, [0.99, 0.995, 1, 1.005, 1.01])])
+@pytest.mark.parametrize(
+    "low, high, about, expected",
+    [
+        (0, 36, 8, [0, 5, 10, 15, 20, 25, 30, 35]),
+        (0.21, 0.52, 5, [0.3, 0.4, 0.5]),
+        (0, 1, 1, [0, 1]),
+        (0, 3, 3, [0, 1, 2, 3]),
+        (0.99, 1.01, 5, [0.99, 0.995, 1, 1.005, 1.01]),
+    ],
+)
 def test_ticks(low, high, about, expected):
     assert figures.ticks(low, high, about) == expected
 
@@ -73,7 +81,10 @@ def test_panel_places_points():
     out = np.asarray(figures.panel("t", [[(0, 2.0), (10, 4.0)]], [(255, 0, 0)], 10, (620, 610)))
     y, x = np.nonzero((out == (255, 0, 0)).all(2))
     assert abs(x.min() - 85) <= 1 and abs(x.max() - 595) <= 1  # 90 and 590, dots of radius 5
-    assert abs(y.max() - 5 - (550 - 500 * 0.1 / 2.2)) <= 2 and abs(y.min() + 5 - (550 - 500 * 2.1 / 2.2)) <= 2
+    assert (
+        abs(y.max() - 5 - (550 - 500 * 0.1 / 2.2)) <= 2
+        and abs(y.min() + 5 - (550 - 500 * 2.1 / 2.2)) <= 2
+    )
 
 
 def run(*argv):
@@ -85,56 +96,124 @@ def test_boxed_draws_white_at_the_scaled_place():
     out = np.asarray(figures.boxed(Image.new("RGB", (50, 40), "gray"), [(10, 5, 20)], 100))
     y, x = np.nonzero((out == 255).all(2))
     assert out.shape == (80, 100, 3) and (x.min(), x.max(), y.min(), y.max()) == (20, 60, 10, 50)
-    edge = np.asarray(figures.boxed(Image.new("RGB", (50, 40), "gray"), [(30, 20, 20)], 50))  # its lower right corner is the picture's
+    edge = np.asarray(
+        figures.boxed(Image.new("RGB", (50, 40), "gray"), [(30, 20, 20)], 50)
+    )  # its lower right corner is the picture's
     assert (edge[-1, 35] == 255).all() and (edge[35, -1] == 255).all()
-    assert (out[30, 30] == 128).all() and not (np.asarray(figures.boxed(Image.new("RGB", (50, 40)), [], 100)) == 255).any()
+    assert (out[30, 30] == 128).all() and not (
+        np.asarray(figures.boxed(Image.new("RGB", (50, 40)), [], 100)) == 255
+    ).any()
 
 
 def test_every_figure_runs(made, monkeypatch):
     monkeypatch.setitem(data.SYNTHETIC_SIZES, "val", 3)
-    out = run("attention", made / "dnl.pt", made / "photo.png", "--pixel", "3,4", "80,60", "--out", made / "new" / "a.png")
+    out = run(
+        "attention",
+        made / "dnl.pt",
+        made / "photo.png",
+        "--pixel",
+        "3,4",
+        "80,60",
+        "--out",
+        made / "new" / "a.png",
+    )
     assert abs(out.width - 900) <= 5
-    twice = [np.asarray(run("attention", made / "nl.pt", made / "photo.png", "--out", made / f"{i}.png")) for i in (1, 2)]
+    twice = [
+        np.asarray(run("attention", made / "nl.pt", made / "photo.png", "--out", made / f"{i}.png"))
+        for i in (1, 2)
+    ]
     assert np.array_equal(*twice)
-    compared = run("compare", made / "dnl.pt", made / "nl.pt", "--names", "A", "B", "--images", "0", "2", "--out", made / "c.png")
-    truth = Image.fromarray(np.array(data.palette(8), np.uint8)[data.scene("val", 2)[1]]).resize((217, 174), 0)
-    cell = np.asarray(compared)[22 + 180:, 6 + 3 * 223:][:174, :217]  # second row, fourth column
+    compared = run(
+        "compare",
+        made / "dnl.pt",
+        made / "nl.pt",
+        "--names",
+        "A",
+        "B",
+        "--images",
+        "0",
+        "2",
+        "--out",
+        made / "c.png",
+    )
+    truth = Image.fromarray(np.array(data.palette(8), np.uint8)[data.scene("val", 2)[1]]).resize(
+        (217, 174), 0
+    )
+    cell = np.asarray(compared)[22 + 180 :, 6 + 3 * 223 :][:174, :217]  # second row, fourth column
     assert (cell == np.asarray(truth)).all(2).mean() > 0.8  # all but the boxes' lines
-    out = run("region", made / "dnl.pt", "--class", "ball", "--out", made / "r.png", "--width", "700")
+    out = run(
+        "region", made / "dnl.pt", "--class", "ball", "--out", made / "r.png", "--width", "700"
+    )
     assert abs(out.width - 700) <= 5
 
 
 def test_curves(tmp_path):
     for name, n in (("a", 5), ("b", 1)):
         (tmp_path / name).mkdir()
-        lines = [{"settings": {}}, *({"epoch": e + 1, "loss": 2 / (e + 1), "miou": None if e % 2 else 0.1 * e} for e in range(n))]
+        lines = [
+            {"settings": {}},
+            *(
+                {"epoch": e + 1, "loss": 2 / (e + 1), "miou": None if e % 2 else 0.1 * e}
+                for e in range(n)
+            ),
+        ]
         (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    out = np.asarray(run("curves", tmp_path / "a", tmp_path / "b" / "log.jsonl", "--out", tmp_path / "c.png"))
+    out = np.asarray(
+        run("curves", tmp_path / "a", tmp_path / "b" / "log.jsonl", "--out", tmp_path / "c.png")
+    )
     for color in data.palette(2):
-        assert (np.abs(out.astype(int) - color).sum(2) < 12).sum() > 100  # its legend and its points
+        assert (
+            np.abs(out.astype(int) - color).sum(2) < 12
+        ).sum() > 100  # its legend and its points
 
 
-EDITED = ('{"epoch": 0, "loss": 1, "miou": null}', '{"epoch": "1", "loss": 1, "miou": null}', '{"epoch": 1, "loss": NaN, "miou": null}',
-          '{"epoch": 1, "loss": 1, "miou": "0.5"}', '{"epoch": 1, "loss": 1}', '["epoch"]', "3")
+EDITED = (
+    '{"epoch": 0, "loss": 1, "miou": null}',
+    '{"epoch": "1", "loss": 1, "miou": null}',
+    '{"epoch": 1, "loss": NaN, "miou": null}',
+    '{"epoch": 1, "loss": 1, "miou": "0.5"}',
+    '{"epoch": 1, "loss": 1}',
+    '["epoch"]',
+    "3",
+)
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["attention", "dnl.pt", "photo.png", "--pixel", "90,0"], r"photo\.png: pixel 90,0 is outside of the image of 90x61 .* X 0\.\.89, Y 0\.\.60"),
-    (["attention", "dnl.pt", "photo.png", "--pixel", "7"], r"--pixel: got '7', expected X,Y"),
-    (["attention", "dnl.pt", "no.jpg"], r"no\.jpg: cannot be read"),
-    (["region", "dnl.pt", "--class", "cow"], r"--class cow: expected one of sky, ground"),
-    (["compare", "dnl.pt", "--names", "a", "b"], r"got 2 names for 1 paths"),
-    (["compare", "dnl.pt", "--images", "64"], r"--images 64: expected numbers in 0\.\.63"),
-    (["curves", "."], r"log\.jsonl: not the log of a run \(no such file"),
-    (["curves", "photo.png"], r"photo\.png: not the log of a run"),
-    (["curves", "empty.jsonl"], r"empty\.jsonl: not the log of a run \(no epoch in it"),
-    *((["curves", f"edited{i}.jsonl"], rf"edited{i}\.jsonl: not the log of a run") for i in range(len(EDITED))),
-    (["attention", "dnl.pt", "photo.png", "--pixel", "0,0", "--out", "a.nothing"], r"--out a\.nothing: expected the name of a \.png"),
-    (["compare", "dnl.pt", "--images", "0", "--out", "photo.png/a.png"], r"photo\.png/a\.png: cannot be written"),
-    (["curves", "x", "--width", "20"], r"--width 20: expected 200 to 20000")])
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (
+            ["attention", "dnl.pt", "photo.png", "--pixel", "90,0"],
+            r"photo\.png: pixel 90,0 is outside of the image of 90x61 .* X 0\.\.89, Y 0\.\.60",
+        ),
+        (["attention", "dnl.pt", "photo.png", "--pixel", "7"], r"--pixel: got '7', expected X,Y"),
+        (["attention", "dnl.pt", "no.jpg"], r"no\.jpg: cannot be read"),
+        (["region", "dnl.pt", "--class", "cow"], r"--class cow: expected one of sky, ground"),
+        (["compare", "dnl.pt", "--names", "a", "b"], r"got 2 names for 1 paths"),
+        (["compare", "dnl.pt", "--images", "64"], r"--images 64: expected numbers in 0\.\.63"),
+        (["curves", "."], r"log\.jsonl: not the log of a run \(no such file"),
+        (["curves", "photo.png"], r"photo\.png: not the log of a run"),
+        (["curves", "empty.jsonl"], r"empty\.jsonl: not the log of a run \(no epoch in it"),
+        *(
+            (["curves", f"edited{i}.jsonl"], rf"edited{i}\.jsonl: not the log of a run")
+            for i in range(len(EDITED))
+        ),
+        (
+            ["attention", "dnl.pt", "photo.png", "--pixel", "0,0", "--out", "a.nothing"],
+            r"--out a\.nothing: expected the name of a \.png",
+        ),
+        (
+            ["compare", "dnl.pt", "--images", "0", "--out", "photo.png/a.png"],
+            r"photo\.png/a\.png: cannot be written",
+        ),
+        (["curves", "x", "--width", "20"], r"--width 20: expected 200 to 20000"),
+    ],
+)
 def test_wrong_input_is_one_clear_line(made, monkeypatch, argv, message):
     monkeypatch.chdir(made)
-    for name, line in ("empty", '{"settings": {}}'), *((f"edited{i}", line) for i, line in enumerate(EDITED)):
+    for name, line in (
+        ("empty", '{"settings": {}}'),
+        *((f"edited{i}", line) for i, line in enumerate(EDITED)),
+    ):
         (made / f"{name}.jsonl").write_text(line + "\n")
     with pytest.raises(data.InputError, match=message) as error:
         figures.main(argv)

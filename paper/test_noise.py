@@ -1,4 +1,5 @@
 """The noise measures on made-up maps with known answers, against double loops, and through a whole tiny checkpoint."""
+
 import json
 import math
 from dataclasses import asdict, replace
@@ -21,8 +22,19 @@ def checkpoint(path, **changes):
     for name, weight in net.named_parameters():
         if name.startswith("context."):
             torch.nn.init.normal_(weight)
-    torch.save({"version": VERSION, "model": net.state_dict(), "config": asdict(config), "data": "synthetic", "root": None,
-                "classes": list(data.SYNTHETIC), "colors": [list(c) for c in data.palette(8)], "amp": "off"}, path)
+    torch.save(
+        {
+            "version": VERSION,
+            "model": net.state_dict(),
+            "config": asdict(config),
+            "data": "synthetic",
+            "root": None,
+            "classes": list(data.SYNTHETIC),
+            "colors": [list(c) for c in data.palette(8)],
+            "amp": "off",
+        },
+        path,
+    )
     return net.eval()
 
 
@@ -40,17 +52,28 @@ def loops(row, label, c):
 LABEL = torch.tensor([0, 0, 0, 1, 1, 2, 255, 0])
 
 
-@pytest.mark.parametrize("row, inter, intra", [
-    ([1, 1, 1, 1, 1, 1, 9, 1], 3 / 7, 0),  # uniform: the share outside; 255 counts for nothing
-    ([.25, .25, .25, 0, 0, 0, 0, .25], 0, 0),  # even within the class
-    ([0, 0, 5, 0, 0, 0, 0, 0], 0, 1),  # one pixel
-    ([0, 0, 0, .5, .2, .3, 0, 0], 1, None),  # all mass outside
-    ([2, 2, 0, 1, 0, 0, 0, 0], 1 / 5, 1 / 2),  # two of four pixels: log 2 / log 4
-    ([0, 0, 0, 0, 0, 0, 1, 0], None, None)])  # nothing on a known pixel
+@pytest.mark.parametrize(
+    "row, inter, intra",
+    [
+        ([1, 1, 1, 1, 1, 1, 9, 1], 3 / 7, 0),  # uniform: the share outside; 255 counts for nothing
+        ([0.25, 0.25, 0.25, 0, 0, 0, 0, 0.25], 0, 0),  # even within the class
+        ([0, 0, 5, 0, 0, 0, 0, 0], 0, 1),  # one pixel
+        ([0, 0, 0, 0.5, 0.2, 0.3, 0, 0], 1, None),  # all mass outside
+        ([2, 2, 0, 1, 0, 0, 0, 0], 1 / 5, 1 / 2),  # two of four pixels: log 2 / log 4
+        ([0, 0, 0, 0, 0, 0, 1, 0], None, None),
+    ],
+)  # nothing on a known pixel
 def test_made_up_maps(row, inter, intra):
     rows, classes = torch.tensor([row], dtype=torch.float64), torch.tensor([0])
-    for value, expected in ((noise.inter_class(rows, LABEL, classes), inter), (noise.intra_class(rows, LABEL, classes), intra)):
-        assert value.isnan().all() if expected is None else value.item() == pytest.approx(expected, abs=1e-14)
+    for value, expected in (
+        (noise.inter_class(rows, LABEL, classes), inter),
+        (noise.intra_class(rows, LABEL, classes), intra),
+    ):
+        assert (
+            value.isnan().all()
+            if expected is None
+            else value.item() == pytest.approx(expected, abs=1e-14)
+        )
 
 
 def test_class_of_one_pixel_has_no_intra_noise():
@@ -59,11 +82,20 @@ def test_class_of_one_pixel_has_no_intra_noise():
 
 def test_random_rows_against_loops():
     rng = np.random.default_rng(0)
-    rows, label = torch.from_numpy(rng.random((30, 50)) ** 4), torch.from_numpy(rng.choice([0, 1, 2, 255], 50))
+    rows, label = (
+        torch.from_numpy(rng.random((30, 50)) ** 4),
+        torch.from_numpy(rng.choice([0, 1, 2, 255], 50)),
+    )
     classes = torch.from_numpy(rng.integers(0, 3, 30))
-    expected = torch.tensor([loops(r, label, c) for r, c in zip(rows, classes)], dtype=torch.float64)
-    torch.testing.assert_close(noise.inter_class(rows, label, classes), expected[:, 0], rtol=0, atol=1e-13)
-    torch.testing.assert_close(noise.intra_class(7 * rows, label, classes), expected[:, 1], rtol=0, atol=1e-13)
+    expected = torch.tensor(
+        [loops(r, label, c) for r, c in zip(rows, classes)], dtype=torch.float64
+    )
+    torch.testing.assert_close(
+        noise.inter_class(rows, label, classes), expected[:, 0], rtol=0, atol=1e-13
+    )
+    torch.testing.assert_close(
+        noise.intra_class(7 * rows, label, classes), expected[:, 1], rtol=0, atol=1e-13
+    )
 
 
 def test_labels_lie_where_the_corners_align():
@@ -77,13 +109,20 @@ def test_queries_are_even_over_classes():
     label = np.repeat([0, 1, 2, 255], [500, 300, 3, 40])
     drawn = noise.sample_queries(label, 43, np.random.default_rng(1))
     assert len(set(drawn.tolist())) == 43
-    assert np.bincount(label[drawn], minlength=3).tolist() == [20, 20, 3]  # the small class is used up
+    assert np.bincount(label[drawn], minlength=3).tolist() == [
+        20,
+        20,
+        3,
+    ]  # the small class is used up
     assert set(noise.sample_queries(label, 9999, np.random.default_rng(1))) == set(range(803))
     assert not np.array_equal(drawn, noise.sample_queries(label, 43, np.random.default_rng(2)))
     assert len(noise.sample_queries(np.full(5, 255), 4, np.random.default_rng(0))) == 0
 
 
-@pytest.mark.parametrize("changes", [{}, dict(p_from="res3", deep_stem=True, aux_conv=True), dict(context="nl"), dict(lr=False)])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, dict(p_from="res3", deep_stem=True, aux_conv=True), dict(context="nl"), dict(lr=False)],
+)
 def test_whole_checkpoint_against_loops(tmp_path, monkeypatch, capsys, changes):
     monkeypatch.setitem(data.SYNTHETIC_SIZES, "val", 2)
     net = checkpoint(tmp_path / "c.pt", **changes)
@@ -94,7 +133,9 @@ def test_whole_checkpoint_against_loops(tmp_path, monkeypatch, capsys, changes):
         with torch.no_grad():
             f, p = net.features(x)[3:]
             q, k, _, p = net.context.inputs(f, p)
-            maps = dnl.denoised_maps(q, k, p, (8, 10), net.context.kernel)  # of all 80 pixels, more than the 100 asked for
+            maps = dnl.denoised_maps(
+                q, k, p, (8, 10), net.context.kernel
+            )  # of all 80 pixels, more than the 100 asked for
         small = [label[round(i * 127 / 7), round(j * 159 / 9)] for i in range(8) for j in range(10)]
         for m, a in enumerate(maps):
             for j, c in enumerate(small):
@@ -110,9 +151,14 @@ def test_whole_checkpoint_against_loops(tmp_path, monkeypatch, capsys, changes):
             part = got["maps"][name][word]
             assert part["mean"] == pytest.approx(sum(means.values()) / len(means), abs=1e-5)
             for c, title in enumerate(data.SYNTHETIC):
-                assert part["classes"][title] == (pytest.approx(means[c], abs=1e-5) if c in means else None)
+                assert part["classes"][title] == (
+                    pytest.approx(means[c], abs=1e-5) if c in means else None
+                )
                 assert part["queries"][title] == len(sums.get((m, kind, c), []))
-    assert lines[-2].split()[0] == "mean" and lines[-2].split()[2] == f"{got['maps']['A']['inter']['mean']:.4f}"
+    assert (
+        lines[-2].split()[0] == "mean"
+        and lines[-2].split()[2] == f"{got['maps']['A']['inter']['mean']:.4f}"
+    )
     equal = got["maps"]["A"] == got["maps"]["A'"], got["maps"]["A'"] == got["maps"]["A''"]
     assert equal == (changes.get("context") == "nl", bool({"context", "lr"} & changes.keys()))
 
@@ -129,7 +175,10 @@ def test_sampled_queries_are_a_function_of_the_seed(tmp_path, monkeypatch, capsy
 
 def test_wrong_input_is_one_clear_line(tmp_path):
     checkpoint(tmp_path / "none.pt", context="none")
-    with pytest.raises(data.InputError, match=r"none\.pt: context 'none' has no attention maps .* --context dnl or nl"):
+    with pytest.raises(
+        data.InputError,
+        match=r"none\.pt: context 'none' has no attention maps .* --context dnl or nl",
+    ):
         noise.main([str(tmp_path / "none.pt")])
     with pytest.raises(data.InputError, match="--queries must be 1 or more"):
         noise.main(["x.pt", "--queries", "0"])
@@ -137,11 +186,17 @@ def test_wrong_input_is_one_clear_line(tmp_path):
 
 def test_an_image_without_a_label_has_no_query(tmp_path, monkeypatch):
     net, dataset = checkpoint(tmp_path / "c.pt"), data.open_dataset("synthetic", None, "val")
-    images = [(i, torch.from_numpy(image.transpose(2, 0, 1).copy()), torch.from_numpy(label))
-              for i, (image, label) in enumerate(map(data.scene, ("val", "val"), (0, 1)))]
+    images = [
+        (i, torch.from_numpy(image.transpose(2, 0, 1).copy()), torch.from_numpy(label))
+        for i, (image, label) in enumerate(map(data.scene, ("val", "val"), (0, 1)))
+    ]
     options = dict(queries=4, seed=0, device=torch.device("cpu"))
     monkeypatch.setattr(noise, "eval_images", lambda *a: [images[0]])
     alone = noise.measure(net, dataset, **options)
-    monkeypatch.setattr(noise, "eval_images", lambda *a: [images[0], (1, images[1][1], torch.full_like(images[1][2], 255))])
+    monkeypatch.setattr(
+        noise,
+        "eval_images",
+        lambda *a: [images[0], (1, images[1][1], torch.full_like(images[1][2], 255))],
+    )
     for a, b in zip(alone, noise.measure(net, dataset, **options)):
         assert torch.equal(a.nan_to_num(-1), b.nan_to_num(-1))

@@ -2,6 +2,7 @@
 
 A reference takes the module's parameters by name and one image (C, H, W); it shares nothing else with peers.py.
 """
+
 import dataclasses
 import math
 import socket
@@ -31,7 +32,7 @@ def make(factory, channels=32):
             drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.double)
             fan_in = math.prod(tensor.shape[1:])
             positive = name.endswith("running_var") or name.endswith("gamma")
-            tensor.copy_(0.5 + drawn.abs() if positive else 1.5 * drawn / fan_in ** 0.5)
+            tensor.copy_(0.5 + drawn.abs() if positive else 1.5 * drawn / fan_in**0.5)
     return module
 
 
@@ -41,8 +42,9 @@ def image(*shape):
 
 # ---- references
 
+
 def part(state, prefix):
-    return {name[len(prefix):]: value for name, value in state.items() if name.startswith(prefix)}
+    return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
 
 
 def softmax(logits):
@@ -52,7 +54,9 @@ def softmax(logits):
 
 def loop_conv(state, x, dilation=1):
     """Any odd kernel with zero padding, pixel by pixel and tap by tap; a 1-D kernel is one of width 1."""
-    weight = state["weight"].reshape(*state["weight"].shape[:2], *(state["weight"].shape[2:] * 2)[:2])
+    weight = state["weight"].reshape(
+        *state["weight"].shape[:2], *(state["weight"].shape[2:] * 2)[:2]
+    )
     k, (_, H, W) = weight.shape[2], x.shape
     out = np.zeros((len(weight), H, W))
     for h in range(H):
@@ -143,11 +147,17 @@ def loop_danet(state, x):
 
 def loop_dranet(state, x):
     position, channel = part(state, "position."), part(state, "channel.")
-    pools = [loop_unit(part(position, f"encoders.{n}.layers."), loop_pool(x, size))
-             for n, size in enumerate((1, 2, 3, 6))]
-    tokens = np.concatenate([pool.reshape(len(x), -1) for pool in pools], axis=1)[..., None]  # (C, 50, 1)
-    q, k, v = (loop_conv(part(position, f"{name}."), of) for name, of in
-               (("query", x), ("key", tokens), ("value", tokens)))
+    pools = [
+        loop_unit(part(position, f"encoders.{n}.layers."), loop_pool(x, size))
+        for n, size in enumerate((1, 2, 3, 6))
+    ]
+    tokens = np.concatenate([pool.reshape(len(x), -1) for pool in pools], axis=1)[
+        ..., None
+    ]  # (C, 50, 1)
+    q, k, v = (
+        loop_conv(part(position, f"{name}."), of)
+        for name, of in (("query", x), ("key", tokens), ("value", tokens))
+    )
     compact = position["gamma"] * loop_attention(q, k[..., 0], v[..., 0]) + x
     return compact + loop_channels(channel, x, loop_unit(part(channel, "encoder."), x))
 
@@ -155,31 +165,46 @@ def loop_dranet(state, x):
 def loop_ocnet(state, x):
     q, v = loop_unit(part(state, "shared."), x), loop_conv(part(state, "value."), x)
     context = loop_attention(q, q.reshape(len(q), -1), v.reshape(len(v), -1), len(q) ** -0.5)
-    return loop_unit(part(state, "fuse.0."), np.concatenate([loop_conv(part(state, "expand."), context), x]))
+    return loop_unit(
+        part(state, "fuse.0."), np.concatenate([loop_conv(part(state, "expand."), context), x])
+    )
 
 
 def loop_ppm(state, x):
-    levels = [loop_resize(loop_unit(part(state, f"levels.{n}.layers."), loop_pool(x, size)), *x.shape[1:])
-              for n, size in enumerate((1, 2, 3, 6))]
+    levels = [
+        loop_resize(loop_unit(part(state, f"levels.{n}.layers."), loop_pool(x, size)), *x.shape[1:])
+        for n, size in enumerate((1, 2, 3, 6))
+    ]
     return loop_unit(part(state, "fuse.0."), np.concatenate([x, *levels]))
 
 
 def loop_aspp(state, x):
-    branches = [loop_unit(part(state, f"branches.{n}."), x, rate) for n, rate in enumerate((1, 6, 12, 18))]
+    branches = [
+        loop_unit(part(state, f"branches.{n}."), x, rate) for n, rate in enumerate((1, 6, 12, 18))
+    ]
     pooled = loop_unit(part(state, "image.layers."), loop_pool(x, 1))
-    return loop_unit(part(state, "fuse.0."), np.concatenate([*branches, pooled + np.zeros_like(branches[0])]))
+    return loop_unit(
+        part(state, "fuse.0."), np.concatenate([*branches, pooled + np.zeros_like(branches[0])])
+    )
 
 
-@pytest.mark.parametrize("factory, reference, size", [
-    (peers.nl, loop_nl, (5, 7)),
-    (ccnet_once, partial(loop_ccnet, recurrence=1), (5, 7)),
-    (peers.ccnet, partial(loop_ccnet, recurrence=2), (5, 7)),
-    (peers.danet, loop_danet, (5, 7)),
-    (peers.dranet, loop_dranet, (5, 7)),
-    (peers.ocnet, loop_ocnet, (5, 7)),
-    (peers.ppm, loop_ppm, (5, 7)),
-    (peers.aspp, loop_aspp, (21, 23)),  # larger than the dilation of 18, so that every tap counts
-])
+@pytest.mark.parametrize(
+    "factory, reference, size",
+    [
+        (peers.nl, loop_nl, (5, 7)),
+        (ccnet_once, partial(loop_ccnet, recurrence=1), (5, 7)),
+        (peers.ccnet, partial(loop_ccnet, recurrence=2), (5, 7)),
+        (peers.danet, loop_danet, (5, 7)),
+        (peers.dranet, loop_dranet, (5, 7)),
+        (peers.ocnet, loop_ocnet, (5, 7)),
+        (peers.ppm, loop_ppm, (5, 7)),
+        (
+            peers.aspp,
+            loop_aspp,
+            (21, 23),
+        ),  # larger than the dilation of 18, so that every tap counts
+    ],
+)
 def test_agrees_with_loops(factory, reference, size):
     module, x = make(factory), image(2, 32, *size)
     state = {name: value.numpy() for name, value in module.state_dict().items()}
@@ -193,16 +218,20 @@ def test_agrees_with_loops(factory, reference, size):
 
 # ---- costs
 
-@pytest.mark.parametrize("factory, parameters, gflops", [
-    (peers.nl, 328_321, "7.6252"),
-    (ccnet_once, 328_321, "1.7648"),
-    (peers.ccnet, 328_321, "3.5295"),
-    (peers.danet, 328_322, "10.0412"),
-    (peers.dranet, 1_463_106, "0.7349"),
-    (peers.ocnet, 920_576, "9.66"),  # the shared projection computed once
-    (peers.ppm, 4_982_784, "21.75"),
-    (peers.aspp, 4_460_032, "19.93"),
-])
+
+@pytest.mark.parametrize(
+    "factory, parameters, gflops",
+    [
+        (peers.nl, 328_321, "7.6252"),
+        (ccnet_once, 328_321, "1.7648"),
+        (peers.ccnet, 328_321, "3.5295"),
+        (peers.danet, 328_322, "10.0412"),
+        (peers.dranet, 1_463_106, "0.7349"),
+        (peers.ocnet, 920_576, "9.66"),  # the shared projection computed once
+        (peers.ppm, 4_982_784, "21.75"),
+        (peers.aspp, 4_460_032, "19.93"),
+    ],
+)
 def test_parameters_and_flops_of_table_5(factory, parameters, gflops):
     module = factory(512, 19).eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -236,16 +265,21 @@ def test_criss_cross_makes_no_whole_map(factory, whole_map):
 
 # ---- behaviour in a network
 
+
 @pytest.mark.parametrize("factory", FACTORIES)
 def test_every_parameter_gets_a_gradient(factory):
     fresh = factory(32, 19)
-    fresh(image(2, 32, 5, 7).float()).square().sum().backward()  # training mode as it starts: what DDP asks for
+    fresh(
+        image(2, 32, 5, 7).float()
+    ).square().sum().backward()  # training mode as it starts: what DDP asks for
     assert all(p.grad is not None and p.grad.isfinite().all() for p in fresh.parameters())
     module = make(factory)
     module(image(2, 32, 5, 7)).square().sum().backward()
     largest = {name: p.grad.abs().max() for name, p in module.named_parameters()}
     # A key's bias shifts a whole row of logits, which softmax cancels.
-    assert {name for name in largest if not largest[name] > 1e-8} == {n for n in largest if n.endswith("key.bias")}
+    assert {name for name in largest if not largest[name] > 1e-8} == {
+        n for n in largest if n.endswith("key.bias")
+    }
 
 
 @pytest.mark.parametrize("factory", FACTORIES)
@@ -256,8 +290,9 @@ def test_empty_batch_and_odd_sizes(factory):
             assert module(torch.randn(shape)).shape == shape
 
 
-@pytest.mark.parametrize("factory, multiple", [
-    (peers.nl, 1), (peers.ccnet, 1), (peers.danet, 2), (peers.dranet, 2)])
+@pytest.mark.parametrize(
+    "factory, multiple", [(peers.nl, 1), (peers.ccnet, 1), (peers.danet, 2), (peers.dranet, 2)]
+)
 def test_starts_as_a_multiple_of_its_input(factory, multiple):
     x = torch.randn(2, 32, 5, 7)
     torch.testing.assert_close(factory(32, 19)(x), multiple * x, rtol=0, atol=0)
@@ -267,15 +302,21 @@ def test_starts_as_a_multiple_of_its_input(factory, multiple):
 def test_logits_are_single_precision_under_autocast(logits_of):
     """Logits of 256 + i/2: bf16 steps by 2 there and would make neighbours equal."""
     ones, ramp = torch.ones(8), torch.arange(8) / 2
-    q, k = torch.stack([ones, ones])[None], torch.stack([256 * ones, ramp])[None]  # (1, 2, 8), exact in bf16
+    q, k = (
+        torch.stack([ones, ones])[None],
+        torch.stack([256 * ones, ramp])[None],
+    )  # (1, 2, 8), exact in bf16
 
     def run(dtype):
         a, b = q.to(dtype), k.to(dtype)
         if logits_of == "attention":
             return peers.attention(a, b, torch.eye(8, dtype=dtype)[None])
         if logits_of == "criss_cross":
-            return peers.criss_cross(a[:, :, None], b[:, :, None], torch.eye(8, dtype=dtype)[None, :, None])
+            return peers.criss_cross(
+                a[:, :, None], b[:, :, None], torch.eye(8, dtype=dtype)[None, :, None]
+            )
         return peers.channel_attention(a.mT[:, :1], b.mT)  # one row of x, eight of y
+
     with torch.autocast("cpu", torch.bfloat16):
         out = run(torch.bfloat16)
     expected = run(torch.double)
@@ -295,17 +336,23 @@ def test_runs_under_autocast_with_gradients(factory):
 @pytest.mark.parametrize("factory", [peers.dranet, peers.ppm, peers.aspp])
 def test_one_image_in_training_is_one_clear_line(factory):
     module, x = factory(16, 19), torch.randn(1, 16, 5, 7)
-    with pytest.raises(ValueError, match="got a training batch of 1 image, expected 2 or more.*--batch"):
+    with pytest.raises(
+        ValueError, match="got a training batch of 1 image, expected 2 or more.*--batch"
+    ):
         module(x)
     assert module.eval()(x).shape == x.shape
 
 
-@pytest.mark.parametrize("factory, rate, whole_channels", [
-    (peers.ocnet, 0.05, True), (peers.ppm, 0.1, True), (peers.aspp, 0.5, False)])
+@pytest.mark.parametrize(
+    "factory, rate, whole_channels",
+    [(peers.ocnet, 0.05, True), (peers.ppm, 0.1, True), (peers.aspp, 0.5, False)],
+)
 def test_dropout_at_the_end_in_training(factory, rate, whole_channels):
     torch.manual_seed(0)
     module = factory(64, 19).train()
-    torch.nn.init.constant_(module.fuse[0][1].bias, 20.0)  # above what batch norm puts out: zeros are dropped ones
+    torch.nn.init.constant_(
+        module.fuse[0][1].bias, 20.0
+    )  # above what batch norm puts out: zeros are dropped ones
     kept = module(torch.randn(8, 64, 9, 9)) != 0
     channels = kept.flatten(2).float().mean(2)  # (B, C), the share kept of each channel
     assert abs(1 - rate - channels.mean()) < 0.04
@@ -326,15 +373,23 @@ def train_each_peer(rank, world, port):
     """A step of every peer in the network; every parameter has a gradient, and it is the same on both ranks."""
     torch.set_num_threads(1)
     if world > 1:
-        torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+        torch.distributed.init_process_group(
+            "gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
+        )
     for name in ("nl", "ccnet", "danet", "dranet", "ocnet", "ppm", "aspp"):
         torch.manual_seed(0)
-        net = dnl.build(dataclasses.replace(dnl.PAPER, num_classes=3, backbone="resnet18", channels=16, context=name),
-                        getattr(peers, name)).train()
+        net = dnl.build(
+            dataclasses.replace(
+                dnl.PAPER, num_classes=3, backbone="resnet18", channels=16, context=name
+            ),
+            getattr(peers, name),
+        ).train()
         model = torch.nn.parallel.DistributedDataParallel(net) if world > 1 else net
         torch.manual_seed(rank)
         label = torch.randint(0, 3, (2, 48, 48)).byte()
-        train.losses(model(torch.randn(2, 3, 48, 48), full_size=False), label, float(label.numel() * world)).sum().backward()
+        train.losses(
+            model(torch.randn(2, 3, 48, 48), full_size=False), label, float(label.numel() * world)
+        ).sum().backward()
         total = torch.stack([p.grad.double().norm() for p in net.parameters()]).sum()
         assert total.isfinite() and total > 0, name
         if world > 1:
@@ -353,4 +408,6 @@ def test_every_peer_trains_in_the_network(world):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    torch.multiprocessing.start_processes(train_each_peer, (world, port), world, start_method="fork")
+    torch.multiprocessing.start_processes(
+        train_each_peer, (world, port), world, start_method="fork"
+    )

@@ -1,4 +1,5 @@
 """paper/tables.py: the costs of Table V against closed forms, and the runner with a stand-in for train.py."""
+
 import json
 import signal
 import subprocess
@@ -46,7 +47,9 @@ def script(tmp_path):
 
 
 def run(script, *, table="ablation", seeds=(0,), jobs=2, epochs=2):
-    return tables.run_table(table, script.parent / "out", seeds, jobs, ["--epochs", str(epochs)], script)
+    return tables.run_table(
+        table, script.parent / "out", seeds, jobs, ["--epochs", str(epochs)], script
+    )
 
 
 def lines(path):
@@ -55,8 +58,14 @@ def lines(path):
 
 def made_up(folder, name, seed, mious, epochs=2, **settings):
     """A cell whose log holds these scores."""
-    cell = tables.Cell(name, seed, folder / f"{name}-seed{seed}", (), dict(
-        data="folder", backbone="resnet50", preset="paper", epochs=epochs, crop=64, batch=4) | settings)
+    cell = tables.Cell(
+        name,
+        seed,
+        folder / f"{name}-seed{seed}",
+        (),
+        dict(data="folder", backbone="resnet50", preset="paper", epochs=epochs, crop=64, batch=4)
+        | settings,
+    )
     cell.out.mkdir()
     log = [{"settings": cell.settings}, *({"epoch": i, "miou": m} for i, m in enumerate(mious, 1))]
     (cell.out / "log.jsonl").write_text("\n".join(map(json.dumps, log)) + "\n")
@@ -64,6 +73,7 @@ def made_up(folder, name, seed, mious, epochs=2, **settings):
 
 
 # ---- Table V
+
 
 def test_costs_are_those_of_the_formulas():
     """2 a multiply-add, from the shapes alone: C = 512, C' = 64, N = 48 * 48, n = 19."""
@@ -73,18 +83,26 @@ def test_costs_are_those_of_the_formulas():
     given = projections + ours + 2 * N * N * n  # P^T P
     s_l = 2 * N * 9 * K  # counted or not: it may be a matrix product or element-wise
     expected = {
-        "NL": (projections + ours, 328_321, 7.63), "CCNet, R = 1": (crossed, 328_321, 1.76),
-        "CCNet, R = 2": (2 * crossed, 328_321, 3.53), "DANet": (projections + ours + 4 * N * C * C, 328_322, 10.04),
-        "DRANet*": (None, 1_463_106, 0.73), "Denoised NL, map route, P given": (given, 327_681, 7.83),
+        "NL": (projections + ours, 328_321, 7.63),
+        "CCNet, R = 1": (crossed, 328_321, 1.76),
+        "CCNet, R = 2": (2 * crossed, 328_321, 3.53),
+        "DANet": (projections + ours + 4 * N * C * C, 328_322, 10.04),
+        "DRANet*": (None, 1_463_106, 0.73),
+        "Denoised NL, map route, P given": (given, 327_681, 7.83),
         "Denoised NL, value route, P given": (given, 327_681, 7.83),
         "Denoised NL, value route, own P": (given + 2 * N * C * n, 327_681 + C * n + n, 7.87),
-        "OCNet": (None, 920_576, 9.66), "PPM": (None, 4_982_784, 21.75), "ASPP": (None, 4_460_032, 19.93)}
+        "OCNet": (None, 920_576, 9.66),
+        "PPM": (None, 4_982_784, 21.75),
+        "ASPP": (None, 4_460_032, 19.93),
+    }
     assert [b[0] for b in tables.BLOCKS] == list(expected)
     for name, make, given_p, *_ in tables.BLOCKS:
         flops, parameters, rounded = expected[name]
         gflops, got = tables.count(make, given_p)
         assert (got, round(gflops, 2)) == (parameters, rounded), name
-        assert flops is None or gflops * 1e9 - flops in ((0, s_l) if name.startswith("Denoised") else (0,)), name
+        assert flops is None or gflops * 1e9 - flops in (
+            (0, s_l) if name.startswith("Denoised") else (0,)
+        ), name
 
 
 def test_map_route_is_the_same_block():
@@ -99,7 +117,9 @@ def test_map_route_is_the_same_block():
 
 def test_complexity_prints_each_block_beside_the_paper(monkeypatch, capsys):
     monkeypatch.setattr(tables, "SIDE", 6)
-    monkeypatch.setattr(tables, "BLOCKS", [b for b in tables.BLOCKS if b[0] in ("NL", "DANet", "OCNet") or b[2]])
+    monkeypatch.setattr(
+        tables, "BLOCKS", [b for b in tables.BLOCKS if b[0] in ("NL", "DANet", "OCNet") or b[2]]
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert tables.main(["complexity", "--json"]) == 0
     *text, last = capsys.readouterr().out.splitlines()
@@ -113,47 +133,72 @@ def test_complexity_prints_each_block_beside_the_paper(monkeypatch, capsys):
 
 # ---- tables
 
+
 def test_mean_and_sample_deviation(tmp_path):
     cells = [made_up(tmp_path, "none", s, [0.9, m]) for s, m in enumerate((0.5, 0.6, 0.7))]
-    cells += [made_up(tmp_path, "dnl", 0, [0.1, 0.25]), made_up(tmp_path, "dnl", 1, [0.8])]  # the last is unfinished
-    row = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]]
-           for line in tables.score_table(cells, "the command").splitlines() if line.startswith("|")}
+    cells += [
+        made_up(tmp_path, "dnl", 0, [0.1, 0.25]),
+        made_up(tmp_path, "dnl", 1, [0.8]),
+    ]  # the last is unfinished
+    row = {
+        line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]]
+        for line in tables.score_table(cells, "the command").splitlines()
+        if line.startswith("|")
+    }
     assert row["Method"] == ["runs", "mIoU, %", "deviation", "best epoch", "paper R-50"]
     assert row["Baseline"] == ["3", "60.00", "10.00", "90.00", "76.7"]
     assert row["Denoised NL"] == ["1", "25.00", "", "25.00", "82.0"]
 
 
-@pytest.mark.parametrize("backbone, head, figure", [
-    ("resnet101", "paper R-101 |", "83.5 |"), ("resnet18", "paper R-50 / R-101 |", "82.0 / 83.5 |")])
+@pytest.mark.parametrize(
+    "backbone, head, figure",
+    [
+        ("resnet101", "paper R-101 |", "83.5 |"),
+        ("resnet18", "paper R-50 / R-101 |", "82.0 / 83.5 |"),
+    ],
+)
 def test_papers_figure_is_that_of_the_backbone(tmp_path, backbone, head, figure):
-    text = tables.score_table([made_up(tmp_path, "dnl", 0, [0.1, 0.2], backbone=backbone)], "the command").splitlines()
+    text = tables.score_table(
+        [made_up(tmp_path, "dnl", 0, [0.1, 0.2], backbone=backbone)], "the command"
+    ).splitlines()
     assert text[0].endswith(" " + head) and text[2].endswith(" " + figure) and backbone in text[4]
 
 
 def test_rows_are_the_networks_they_name():
     flags = ["--backbone", "resnet18", "--channels", "32", "--preset", "released"]
     contexts = {}
-    for cell in [c for table in tables.TABLES for c in tables.cells_of(table, Path("out"), [3], flags)]:
+    for cell in [
+        c for table in tables.TABLES for c in tables.cells_of(table, Path("out"), [3], flags)
+    ]:
         args = train.parse(cell.argv, 1)
         assert (args.seed, args.preset, args.out) == (3, "released", cell.out)
         with META:
             config = train.configuration(args, 19)
             contexts[cell.name] = dnl.build(config, train.find_factory(config.context)).context
-    switches = {name: (contexts[name].gr, contexts[name].kernel) for name in ("nl", "gr", "lr", "dnl")}
+    switches = {
+        name: (contexts[name].gr, contexts[name].kernel) for name in ("nl", "gr", "lr", "dnl")
+    }
     assert switches == {"nl": (False, 0), "gr": (True, 0), "lr": (False, 3), "dnl": (True, 3)}
     assert isinstance(contexts["none"], torch.nn.Identity)
-    assert {type(contexts[n]).__name__ for n in ("ppm", "aspp", "ocnet", "ccnet", "danet", "dranet")} == {
-        "PyramidPooling", "AtrousPyramid", "ObjectContext", "CrissCross", "Dual"}
-    assert hasattr(contexts["danet"].position, "query") and hasattr(contexts["dranet"].position, "encoders")
+    assert {
+        type(contexts[n]).__name__ for n in ("ppm", "aspp", "ocnet", "ccnet", "danet", "dranet")
+    } == {"PyramidPooling", "AtrousPyramid", "ObjectContext", "CrissCross", "Dual"}
+    assert hasattr(contexts["danet"].position, "query") and hasattr(
+        contexts["dranet"].position, "encoders"
+    )
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["ablation", "--jobs", "0"], "--jobs 0: expected 1 or more"),
-    (["ablation", "--", "--seed", "4"], "--seed among train.py's flags"),
-    (["ablation", "--no-gr"], "--no-gr among train.py's flags"),
-    (["compare", "--context", "nl"], "--context among train.py's flags"),
-    (["compare", "--epoch5", "nl"], "unrecognized arguments: --epoch5 nl"),
-    (["complexity", "--seeds", "4"], "--seeds: not a flag of complexity")])
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["ablation", "--jobs", "0"], "--jobs 0: expected 1 or more"),
+        (["ablation", "--", "--seed", "4"], "--seed among train.py's flags"),
+        (["ablation", "--no-gr"], "--no-gr among train.py's flags"),
+        (["compare", "--context", "nl"], "--context among train.py's flags"),
+        (["compare", "--epoch5", "nl"], "unrecognized arguments: --epoch5 nl"),
+        (["complexity", "--seeds", "4"], "--seeds: not a flag of complexity"),
+    ],
+)
 def test_wrong_flags_are_named_before_anything_runs(tmp_path, monkeypatch, argv, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=message):
@@ -163,13 +208,19 @@ def test_wrong_flags_are_named_before_anything_runs(tmp_path, monkeypatch, argv,
 
 # ---- the runner
 
+
 def test_runs_every_cell_and_writes_the_results(script, capsys):
     assert run(script, seeds=(0, 2), epochs=3) == 0
     out = script.parent / "out"
     results = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     names = ("none", "nl", "gr", "lr", "dnl")
-    assert [(r["method"], r["seed"]) for r in results] == [(name, seed) for seed in (0, 2) for name in names]
-    assert all(r["miou"] == (5 + r["seed"]) / 10 and r["best"] == pytest.approx(r["miou"] + 0.05) for r in results)
+    assert [(r["method"], r["seed"]) for r in results] == [
+        (name, seed) for seed in (0, 2) for name in names
+    ]
+    assert all(
+        r["miou"] == (5 + r["seed"]) / 10 and r["best"] == pytest.approx(r["miou"] + 0.05)
+        for r in results
+    )
     table = (out / "table.md").read_text()
     assert table.count(" 60.00 |     14.14 |      65.00 |") == 5
     assert f"python -m paper.tables ablation --out {out} --seeds 0 2 -- --epochs 3" in table
@@ -192,7 +243,12 @@ def test_a_failed_run_is_shown_and_the_others_go_on(script, capsys):
     (script.parent / "broken").unlink()
     assert run(script) == 0
     assert {f.name: len(lines(f / "starts")) for f in (script.parent / "out").glob("*-seed*")} == {
-        "none-seed0": 1, "nl-seed0": 1, "gr-seed0": 2, "lr-seed0": 1, "dnl-seed0": 1}
+        "none-seed0": 1,
+        "nl-seed0": 1,
+        "gr-seed0": 2,
+        "lr-seed0": 1,
+        "dnl-seed0": 1,
+    }
 
 
 def test_a_run_without_a_score_has_failed(script, capsys):
@@ -203,19 +259,39 @@ def test_a_run_without_a_score_has_failed(script, capsys):
 
 def test_finished_runs_of_other_settings_are_refused(script):
     run(script, epochs=2)
-    with pytest.raises(InputError, match="none-seed0: finished with other settings .epochs 2 -> 3.: repeat"):
+    with pytest.raises(
+        InputError, match="none-seed0: finished with other settings .epochs 2 -> 3.: repeat"
+    ):
         run(script, epochs=3)
 
 
 def test_finished_runs_on_another_data_set_are_refused(tmp_path, monkeypatch):
-    made_up(tmp_path, "none", 0, [0.1, 0.2], data="synthetic", images=512, classes=["a", "b"], class_weights=None)
-    first = tables.cells_of("ablation", tmp_path, [0], ["--epochs", "2", "--backbone", "resnet50", "--crop", "64", "--batch", "4"])[0]
-    with pytest.raises(InputError, match=r"finished with other settings \(classes .'a', 'b'. -> .'sky'"):
+    made_up(
+        tmp_path,
+        "none",
+        0,
+        [0.1, 0.2],
+        data="synthetic",
+        images=512,
+        classes=["a", "b"],
+        class_weights=None,
+    )
+    first = tables.cells_of(
+        "ablation",
+        tmp_path,
+        [0],
+        ["--epochs", "2", "--backbone", "resnet50", "--crop", "64", "--batch", "4"],
+    )[0]
+    with pytest.raises(
+        InputError, match=r"finished with other settings \(classes .'a', 'b'. -> .'sky'"
+    ):
         first.result()
 
 
 def test_class_weights_are_compared_by_value(tmp_path):
-    (tmp_path / "w.json").write_text(json.dumps({"classes": data.SYNTHETIC, "splits": {"train": {"weights": [0.5] * 8}}}))
+    (tmp_path / "w.json").write_text(
+        json.dumps({"classes": data.SYNTHETIC, "splits": {"train": {"weights": [0.5] * 8}}})
+    )
     flags = ["--epochs", "2", "--class-weights", str(tmp_path / "w.json")]
     first = tables.cells_of("ablation", tmp_path, [0], flags)[0]
     first.out.mkdir()
@@ -224,8 +300,19 @@ def test_class_weights_are_compared_by_value(tmp_path):
     assert first.result()["miou"] == 0.2 and first.settings["class_weights"] == [0.5] * 8
 
 
-@pytest.mark.parametrize("text", ["x", "{}", "[1]", "null", '{"settings": {"epochs": 2}}\n{"epoch": 1}', '{"settings": {}}',
-                                  '{"settings": {"epochs": 2}}\n{"epoch": 2, "miou": "0.5"}', '{"settings": {"epochs": 2}}\n{"epoch": 2, "miou": NaN}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x",
+        "{}",
+        "[1]",
+        "null",
+        '{"settings": {"epochs": 2}}\n{"epoch": 1}',
+        '{"settings": {}}',
+        '{"settings": {"epochs": 2}}\n{"epoch": 2, "miou": "0.5"}',
+        '{"settings": {"epochs": 2}}\n{"epoch": 2, "miou": NaN}',
+    ],
+)
 def test_a_log_of_no_run_is_one_line(tmp_path, text):
     (tmp_path / "log.jsonl").write_text(text)
     with pytest.raises(InputError, match=r"log\.jsonl: not the log of a run") as e:
@@ -233,7 +320,9 @@ def test_a_log_of_no_run_is_one_line(tmp_path, text):
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("visible, expected", [(None, {"0", "1"}), ("4,7", {"4", "7"}), ("5", {"5"})])
+@pytest.mark.parametrize(
+    "visible, expected", [(None, {"0", "1"}), ("4,7", {"4", "7"}), ("5", {"5"})]
+)
 def test_gpus_in_turn(script, monkeypatch, visible, expected):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -256,12 +345,18 @@ def test_stopped_in_the_middle_it_goes_on(script, number):
     """Some cells are finished and others in the middle when the signal comes; no epoch is done twice after it."""
     out = script.parent / "out"
     (script.parent / "pace").write_text("0.3")
-    code = ("import sys; from pathlib import Path; from paper import tables; "
-            f"tables.run_table.__defaults__ = (Path({str(script)!r}),); sys.exit(tables.main())")
+    code = (
+        "import sys; from pathlib import Path; from paper import tables; "
+        f"tables.run_table.__defaults__ = (Path({str(script)!r}),); sys.exit(tables.main())"
+    )
     flags = ("ablation", "--out", str(out), "--seeds", "0", "--jobs", "2", "--epochs", "3")
-    process = subprocess.Popen([sys.executable, "-c", code, *flags], cwd=Path(tables.__file__).parents[1],
-                               stderr=subprocess.PIPE, text=True,  # a shell's background job would ignore Ctrl-C
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *flags],
+        cwd=Path(tables.__file__).parents[1],
+        stderr=subprocess.PIPE,
+        text=True,  # a shell's background job would ignore Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     try:
         wait_for(lambda: len(lines(out / "results.jsonl")) and lines(out / "lr-seed0" / "epochs"))
         (script.parent / "pace").write_text("30")  # the epoch after the present one
@@ -278,14 +373,16 @@ def test_stopped_in_the_middle_it_goes_on(script, number):
     (script.parent / "pace").write_text("0")
     assert run(script, epochs=3) == 0
     for folder in out.glob("*-seed*"):
-        assert len(lines(folder / "starts")) == starts.get(folder.name, 0) + (folder.name not in finished)
+        assert len(lines(folder / "starts")) == starts.get(folder.name, 0) + (
+            folder.name not in finished
+        )
         assert lines(folder / "epochs") == ["1", "2", "3"]
 
 
 def test_one_command_at_a_time_and_none_beside_a_run_left_behind(script, tmp_path):
     out = tmp_path / "out"
     (tmp_path / "pace").write_text("60")
-    cell, = tables.cells_of("ablation", out, [0], ["--epochs", "1"])[:1]
+    (cell,) = tables.cells_of("ablation", out, [0], ["--epochs", "1"])[:1]
     with tables.locked(out) as lock:
         with pytest.raises(InputError, match="another command, or a run it left, is at work there"):
             run(script)
