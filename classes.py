@@ -67,8 +67,7 @@ def read_classes(path: Path) -> Classes:
     Raises InputError that names the file and the line.
     """
     try:
-        regular_file(path)
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        lines = regular_file(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeError) as e:
         raise InputError(
             f"{quote(path)}: cannot be read ({type(e).__name__}); expected UTF-8 text, a line "

@@ -1,7 +1,6 @@
-"""Data sets: their classes and files, augmentation and loading.
+"""Data sets: finding and reading files, augmentation and loading.
 
 A training sample depends on (seed, epoch, index) alone, whatever the workers, ranks or restarts.
-Labels are train ids 0..n-1, or IGNORE (255) where a pixel has none.
 
 What lies in --root:
     cityscapes  leftImg8bit/{train,val,test}/CITY/*_leftImg8bit.png
@@ -31,12 +30,13 @@ import synthetic
 from cache import Copy, open_copy
 from classes import IGNORE, Color, classes_of
 from decode import decode_image, decode_label
-from runtime import GROUP_SIGNALS, InputError, quote
+from runtime import GROUP_SIGNALS, InputError, counted, quote
 
 NAMES = ("synthetic", "cityscapes", "ade20k", "folder")
 SPLITS = ("train", "val", "trainval", "test")
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet, 0..255
 PAD = (124, 116, 104)  # MEAN, rounded: close to 0 once normalized
+Sample = tuple[Tensor, Tensor, Tensor]  # image, label, colour factors
 
 
 # ---- finding files
@@ -44,14 +44,11 @@ PAD = (124, 116, 104)  # MEAN, rounded: close to 0 once normalized
 
 @dataclass(frozen=True)
 class Item:
-    """The file of an image and of its label (None: no ground truth).
-
-    stamps: size and time of each when the data set was opened. Synthetic items are names only.
-    """
+    """The files of an image and its label (None: no ground truth); of a synthetic scene, names."""
 
     image: Path
     label: Path | None
-    stamps: tuple[tuple[int, int] | None, ...] = ()
+    stamps: tuple[tuple[int, int] | None, ...] = ()  # of the files, when the set was opened
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -74,7 +71,6 @@ class DataSet:
 
     @property
     def labelled(self) -> bool:
-        """Whether the split has ground truth."""
         return self.items[0].label is not None
 
 
@@ -85,18 +81,24 @@ class Layout(NamedTuple):
     endings: tuple[str, ...]  # of image names, in lower case
     labels: str  # folder of the labels
     label_ending: str
+    foreign: tuple[str, ...] = ()  # what only the full ADE20K contains
 
 
+FULL_ADE = (
+    "index_ade20k.*",
+    "ADE20K_*",
+    "images/ADE",
+    "images/training/*_seg.png",
+    "images/training/*/",
+)
 LAYOUT = {
     "cityscapes": Layout("leftImg8bit", ("_leftimg8bit.png",), "gtFine", "_gtFine_labelIds.png"),
-    "ade20k": Layout("images", (".jpg",), "annotations", ".png"),
+    "ade20k": Layout("images", (".jpg",), "annotations", ".png", FULL_ADE),
     "folder": Layout(
         "images", (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"), "labels", ".png"
     ),
 }
 ADE_FOLDERS = {"train": "training", "val": "validation", "test": "testing"}
-# Found only in the full ADE20K.
-FULL_ADE = ("index_ade20k.*", "ADE20K_*", "images/ADE", "images/training/*[!0-9].png")
 
 
 def split_folders(name: str, root: Path, split: str) -> tuple[Path, Path]:
@@ -111,10 +113,9 @@ def open_dataset(
 ) -> DataSet:
     """The split train, val, trainval or test of the data set.
 
-    Looks at names, sizes and times of files only. With `cache`, a folder, it also makes and keeps
-    a decoded copy there. Raises InputError for a missing folder, an empty split, an image without
-    a label or a label without an image, the full ADE20K instead of the benchmark, a wrong
-    classes.txt, or a cache of synthetic scenes.
+    Looks at names, sizes and times of files only. With `cache`, a folder, also makes and keeps a
+    decoded copy there. Raises InputError for a missing folder, an empty split, an image or label
+    alone, the full ADE20K, a wrong classes.txt, or a cache of synthetic scenes.
     """
     if cache is not None and name == "synthetic":
         raise InputError("synthetic scenes are made in memory: leave --cache out")
@@ -159,25 +160,22 @@ def open_split(name: str, root: Path | str | None, split: str) -> tuple[DataSet,
     items: list[Item] = []
     problems: list[str] = []
     for part in ("train", "val") if split == "trainval" else (split,):
-        if name == "synthetic":
-            names = [Path(name, part, str(i)) for i in range(synthetic.SIZES[part])]
-            items += map(Item, names, names)
-            continue
         try:
             items += _scan(name, top, part, problems)
         except OSError as e:
-            raise InputError(
-                f"{quote(e.filename or top)}: cannot be read ({e.strerror}): check the folder's "
-                "permissions and --root"
-            ) from e
+            what = quote(e.filename or top)
+            raise InputError(f"{what}: cannot be read ({e.strerror}): check --root") from e
     return DataSet(name, split, *classes_of(name, top), tuple(items)), problems
 
 
 def _scan(name: str, root: Path, split: str, problems: list[str]) -> list[Item]:
     """The pairs of one split, sorted by name. Adds a line to problems for each other file."""
+    if name == "synthetic":
+        names = [Path(name, split, str(i)) for i in range(synthetic.SIZES[split])]
+        return list(map(Item, names, names))
     layout = LAYOUT[name]
     image_dir, label_dir = split_folders(name, root, split)
-    if name == "ade20k" and any(any(root.glob(pattern)) for pattern in FULL_ADE):
+    if any(any(root.glob(pattern)) for pattern in layout.foreign):
         raise InputError(
             f"{quote(root)}: this is the full ADE20K; expected the benchmark of 150 classes: "
             "download ADEChallengeData2016.zip and name its folder by --root"
@@ -192,18 +190,22 @@ def _scan(name: str, root: Path, split: str, problems: list[str]) -> list[Item]:
     if not labelled:
         return [Item(path, None, (_stamp(path),)) for _, path in sorted(images.items())]
     labels = _find(root, label_dir, (layout.label_ending.lower(),))
-    for key in sorted(images.keys() - labels):
-        problems.append(
-            f"{quote(images[key])}: image without label; expected "
-            f"{quote(label_dir / key)}{layout.label_ending}: add it or remove the image"
-        )
-    for key in sorted(labels.keys() - images):
-        problems.append(
-            f"{quote(labels[key])}: label without image; expected "
-            f"{quote(image_dir / key)}{layout.endings[0]} or the like: add it or remove the label"
-        )
-    pairs = [(images[key], labels[key]) for key in sorted(images.keys() & labels)]
-    return [Item(image, label, (_stamp(image), _stamp(label))) for image, label in pairs]
+    items = []
+    for key in sorted(images.keys() | labels.keys()):
+        if key not in labels:
+            problems.append(
+                f"{quote(images[key])}: image without label; expected "
+                f"{quote(label_dir / key)}{layout.label_ending}: add it or remove the image"
+            )
+        elif key not in images:
+            problems.append(
+                f"{quote(labels[key])}: label without image; expected {quote(image_dir / key)}"
+                f"{layout.endings[0]} or the like: add it or remove the label"
+            )
+        else:
+            files = images[key], labels[key]
+            items.append(Item(*files, tuple(map(_stamp, files))))
+    return items
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
@@ -253,7 +255,7 @@ def _find(root: Path, top: Path, endings: tuple[str, ...]) -> dict[str, Path]:
             key = path.relative_to(top).as_posix().removesuffix(name[-len(ending) :])
             if key in found:
                 raise InputError(
-                    f"{quote(path)}: the name of {quote(found[key])} again; expected one file for "
+                    f"{quote(path)}: {quote(found[key])} has this name too; expected one file for "
                     "each name, whatever the ending: rename or remove one"
                 )
             found[key] = path
@@ -269,16 +271,12 @@ def read(dataset: DataSet, index: int) -> tuple[np.ndarray, np.ndarray | None]:
 
     The label is None without ground truth. Raises InputError that names the file.
     """
+    item = dataset.items[index]
     if dataset.name == "synthetic":
-        _, split, number = dataset.items[index].image.parts
+        _, split, number = item.image.parts
         return synthetic.scene(split, int(number))
     if dataset.copy is not None:
         return dataset.copy.read(index)
-    return read_files(dataset, dataset.items[index])
-
-
-def read_files(dataset: DataSet, item: Item) -> tuple[np.ndarray, np.ndarray | None]:
-    """An item's files as `read` returns them."""
     image = decode_image(item.image)
     label = None
     if item.label is not None:
@@ -311,7 +309,7 @@ def sample(
     crop: int,
     scale: tuple[float, float] = (0.5, 2.0),
     relative: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Sample:
     """Training sample: image (3, crop, crop) and label (crop, crop), uint8, and colour factors.
 
     The factors, (4,) float32, are for color_jitter. The sample depends on the arguments alone.
@@ -319,17 +317,11 @@ def sample(
     """
     image, label = read(dataset, index)
     if label is None:
-        raise _no_truth(dataset)
+        raise InputError(f"{dataset.name} {dataset.split} has no ground truth to train on")
     rng = np.random.default_rng((seed, epoch, index))
     image, label = augment(image, label, crop, scale, relative, rng)
     planes = torch.from_numpy(image).permute(2, 0, 1).contiguous()
     return planes, torch.from_numpy(label), draw_jitter(rng)
-
-
-def _no_truth(dataset: DataSet) -> InputError:
-    return InputError(
-        f"{dataset.name} {dataset.split} has no ground truth to train on: choose --split train"
-    )
 
 
 def augment(
@@ -403,7 +395,7 @@ def color_jitter(images: Tensor, factors: Tensor) -> Tensor:
 
     In this order: times brightness; contrast about the image's mean grey; saturation about the
     pixel's grey; hue turned about the grey axis (in YIQ). All are affine in RGB: one 3x3 matrix
-    and one offset for each image. They are made on the CPU, which waits for no GPU.
+    and one offset for each image, made on the CPU, so that no GPU is waited for.
     """
     images, device = images.float(), images.device
     brightness, contrast, saturation, hue = factors.float().cpu().view(-1, 4, 1, 1).unbind(1)
@@ -448,10 +440,8 @@ def step_items(
     An epoch has n // batch steps. Raises InputError if it has none.
     """
     if n < batch:
-        raise InputError(
-            f"{n} images are fewer than one batch of {batch}: lower --batch to {n} or less, or add "
-            "images"
-        )
+        got = counted(n, "image")
+        raise InputError(f"got {got} for a batch of {batch}: lower --batch, or add images")
     epoch, k = divmod(step, n // batch)
     share = batch // world
     first = k * batch + rank * share
@@ -472,14 +462,16 @@ def train_batches(
     relative: bool = False,
     workers: int = 0,
     pin: bool = False,
-) -> Generator[list[Tensor], None, None]:
+) -> Generator[Sample, None, None]:
     """This rank's share of the steps start..stop-1, b = batch // world samples each.
 
-    Images (b, 3, crop, crop) uint8, labels (b, crop, crop) uint8, factors (b, 4) float32.
+    Images (b, 3, crop, crop) and labels (b, crop, crop), uint8, and factors (b, 4) float32.
     Raises InputError at once, or at the step of a wrong file.
     """
     if not dataset.labelled:
-        raise _no_truth(dataset)
+        raise InputError(
+            f"{dataset.name} {dataset.split} has no ground truth to train on: choose --split train"
+        )
     items = partial(step_items, seed=seed, n=len(dataset), batch=batch, rank=rank, world=world)
     items(0)  # raises if there is not one batch
     load = partial(sample, dataset, seed, crop=crop, scale=scale, relative=relative)
@@ -557,9 +549,9 @@ def _started(loader: DataLoader) -> Iterator[Any]:
 
 
 def _leave_signals(worker: int) -> None:
-    """Leave signals to the process group, such as Ctrl-C or Slurm's, to the main process.
+    """Leave signals to the whole process group, such as Ctrl-C, to the main process.
 
-    It finishes its step and needs the workers for that. It also ends leftover workers with
+    It finishes its step, and needs its workers for that. It also ends leftover workers with
     SIGTERM, so that signal is delayed by 30 s (longer than a step).
     """
     for number in GROUP_SIGNALS:

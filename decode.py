@@ -3,7 +3,6 @@
 Labels become train ids 0..n-1, or IGNORE (255) where a pixel has none.
 """
 
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,8 +66,7 @@ def decode_label(path: Path, name: str, colors: Sequence[Color]) -> np.ndarray:
 def _load(path: Path, upright: bool) -> Image.Image:
     """The image: as it is stored, or upright, and RGB unless it has more than 8 bit."""
     try:
-        regular_file(path)
-        if os.path.getsize(path) == 0:
+        if regular_file(path).stat().st_size == 0:
             raise OSError(0, "empty")
         # Pillow gets an open file. It would map a named one into memory: then it reads a rotated
         # raw TIFF in the wrong size, and the process dies if the file is cut during the read.
