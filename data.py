@@ -18,7 +18,7 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,38 +74,29 @@ class DataSet:
         return self.items[0].label is not None
 
 
-class Layout(NamedTuple):
-    """Where a data set keeps its files."""
-
-    images: str  # folder of the images
-    endings: tuple[str, ...]  # of image names, in lower case
-    labels: str  # folder of the labels
-    label_ending: str
-    foreign: tuple[str, ...] = ()  # what only the full ADE20K contains
-
-
-FULL_ADE = (
-    "index_ade20k.*",
-    "ADE20K_*",
-    "images/ADE",
-    "images/training/*_seg.png",
-    "images/training/*/",
-)
-LAYOUT = {
-    "cityscapes": Layout("leftImg8bit", ("_leftimg8bit.png",), "gtFine", "_gtFine_labelIds.png"),
-    "ade20k": Layout("images", (".jpg",), "annotations", ".png", FULL_ADE),
-    "folder": Layout(
-        "images", (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"), "labels", ".png"
-    ),
-}
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 ADE_FOLDERS = {"train": "training", "val": "validation", "test": "testing"}
+# Found only in the full ADE20K.
+FULL_ADE = ("index_ade*", "ADE20K_*", "images/ADE", "images/*/*_seg.png", "images/training/*/")
 
 
-def split_folders(name: str, root: Path, split: str) -> tuple[Path, Path]:
-    """The folders of a split's images and labels, which need not exist."""
-    layout = LAYOUT[name]
-    folder = ADE_FOLDERS[split] if name == "ade20k" else split
-    return root / layout.images / folder, root / layout.labels / folder
+def split_files(name: str, root: Path, split: str) -> tuple[Path, tuple[str, ...], Path, str]:
+    """Folder and endings, in lower case, of a split's images; folder and ending of its labels.
+
+    Raises InputError for the full ADE20K.
+    """
+    if name == "cityscapes":
+        labels = root / "gtFine" / split
+        return root / "leftImg8bit" / split, ("_leftimg8bit.png",), labels, "_gtFine_labelIds.png"
+    if name == "ade20k":
+        if any(any(root.glob(pattern)) for pattern in FULL_ADE):
+            raise InputError(
+                f"{quote(root)}: this is the full ADE20K; expected the benchmark of 150 classes: "
+                "download ADEChallengeData2016.zip and name its folder by --root"
+            )
+        folder = ADE_FOLDERS[split]
+        return root / "images" / folder, (".jpg",), root / "annotations" / folder, ".png"
+    return root / "images" / split, IMAGE_ENDINGS, root / "labels" / split, ".png"
 
 
 def open_dataset(
@@ -173,34 +164,28 @@ def _scan(name: str, root: Path, split: str, problems: list[str]) -> list[Item]:
     if name == "synthetic":
         names = [Path(name, split, str(i)) for i in range(synthetic.SIZES[split])]
         return list(map(Item, names, names))
-    layout = LAYOUT[name]
-    image_dir, label_dir = split_folders(name, root, split)
-    if any(any(root.glob(pattern)) for pattern in layout.foreign):
-        raise InputError(
-            f"{quote(root)}: this is the full ADE20K; expected the benchmark of 150 classes: "
-            "download ADEChallengeData2016.zip and name its folder by --root"
-        )
+    image_dir, endings, label_dir, label_ending = split_files(name, root, split)
     labelled = split != "test" or (name != "cityscapes" and label_dir.is_dir())
-    images = _find(root, image_dir, layout.endings)
+    images = _find(root, image_dir, endings)
     if not images:
         raise InputError(
             f"{quote(image_dir)}: the split {split} is empty; expected images "
-            f"*{', *'.join(layout.endings)}"
+            f"*{', *'.join(endings)}"
         )
     if not labelled:
         return [Item(path, None, (_stamp(path),)) for _, path in sorted(images.items())]
-    labels = _find(root, label_dir, (layout.label_ending.lower(),))
+    labels = _find(root, label_dir, (label_ending.lower(),))
     items = []
     for key in sorted(images.keys() | labels.keys()):
         if key not in labels:
             problems.append(
                 f"{quote(images[key])}: image without label; expected "
-                f"{quote(label_dir / key)}{layout.label_ending}: add it or remove the image"
+                f"{quote(label_dir / key)}{label_ending}: add it or remove the image"
             )
         elif key not in images:
             problems.append(
                 f"{quote(labels[key])}: label without image; expected {quote(image_dir / key)}"
-                f"{layout.endings[0]} or the like: add it or remove the label"
+                f"{endings[0]} or the like: add it or remove the label"
             )
         else:
             files = images[key], labels[key]

@@ -1,7 +1,4 @@
-"""Image and label files to arrays, checked.
-
-Labels become train ids 0..n-1, or IGNORE (255) where a pixel has none.
-"""
+"""Image and label files to arrays, checked."""
 
 import warnings
 from collections.abc import Sequence
@@ -24,19 +21,16 @@ def decode_image(path: Path) -> np.ndarray:
     """
     image = _load(path, upright=True)
     if image.mode[0] in "IF":
-        raise InputError(
-            f"{quote(path)}: got mode {image.mode}, more than 8 bit; expected 8 bit a channel: "
-            "convert it"
-        )
+        raise InputError(f"{quote(path)}: got mode {image.mode}; expected 8 bit: convert it")
     return np.asarray(image)
 
 
 def decode_label(path: Path, name: str, colors: Sequence[Color]) -> np.ndarray:
-    """A PNG of class numbers, as the data set `name` stores them, to train ids (H, W) uint8.
+    """A PNG of class numbers to train ids 0..n-1 and IGNORE, (H, W) uint8.
 
-    Reads one channel: 8-bit grey, palette (its indices), 1 bit, or 16 bit if the values fit.
-    colors: of the classes. Raises InputError for another format, colours, grey of 2 or 4 bit,
-    or values out of range.
+    name, colors: the data set, and its n classes. Reads one channel: 8-bit grey, palette (its
+    indices), 1 bit, or 16 bit if the values fit. Raises InputError for another format, colours,
+    grey of 2 or 4 bit, or values out of range.
     """
     image = _load(path, upright=False)
     if image.format != "PNG":
@@ -76,7 +70,11 @@ def _load(path: Path, upright: bool) -> Image.Image:
             image = Image.open(file, formats=FORMATS)
             image.info["stored"] = image.tile[0][3] if image.tile else None  # load() forgets it
             image.load()
-        return _upright(image) if upright else image
+        if not upright:
+            return image
+        image.info.pop("transparency", None)  # otherwise `convert` looks at a palette's alpha
+        turned = ImageOps.exif_transpose(image)
+        return turned if turned.mode[0] in "IF" else turned.convert("RGB")
     except Image.DecompressionBombError as e:
         raise InputError(f"{quote(path)}: {str(e).rstrip('.')}: cut it into tiles") from e
     except Exception as e:  # decoders raise nearly anything for a broken file
@@ -85,12 +83,6 @@ def _load(path: Path, upright: bool) -> Image.Image:
             f"{quote(path)}: cannot be read ({reason}); expected a whole {', '.join(FORMATS)} "
             "image: copy it again, or remove it"
         ) from e
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    image.info.pop("transparency", None)  # otherwise `convert` looks at the alpha of a palette
-    image = ImageOps.exif_transpose(image)
-    return image if image.mode[0] in "IF" else image.convert("RGB")
 
 
 def _id_table(name: str, classes: int) -> np.ndarray:

@@ -33,7 +33,9 @@ from torch.utils.data import DataLoader
 import dnl
 from attention import attention_row, attention_sheet, pixel_of, require_attention, require_pixel
 from checkpoint import load_network
-from data import ADE20K, CITYSCAPES, LAYOUT, decode_image, eval_items
+from classes import ADE20K, CITYSCAPES
+from data import IMAGE_ENDINGS, eval_items
+from decode import decode_image
 from evaluate import predict_ids, tile_side, tiles
 from pictures import colorize, overlay
 from runtime import (
@@ -112,12 +114,12 @@ def find_images(
                 f for f in folders if f[0] != "." and os.path.realpath(Path(here, f)) != results
             )
             paths = [Path(here, f) for f in sorted(files) if f[0] != "."]
-            images = [p for p in paths if p.name.lower().endswith(LAYOUT["folder"][1])]
+            images = [p for p in paths if p.name.lower().endswith(IMAGE_ENDINGS)]
             found += [(p, (p.parent.relative_to(given) / p.stem).as_posix()) for p in images]
             others += [p for p in paths if p not in images]
     if not found:
         raise InputError(
-            f"{', '.join(map(quote, inputs))}: no image; expected files *{', *'.join(LAYOUT['folder'][1])}"
+            f"{', '.join(map(quote, inputs))}: no image; expected files *{', *'.join(IMAGE_ENDINGS)}"
         )
     return found, others
 

@@ -14,11 +14,7 @@ CLASSES = (
     "ball",  # shaded from a light at the upper left
     "ring",  # shaded across, nothing inside
 )
-SIZES = {
-    "train": 512,
-    "val": 64,
-    "test": 16,
-}
+SIZES = {"train": 512, "val": 64, "test": 16}
 STREAMS = {"train": 0, "val": 1, "test": 3}  # the first number of a scene's seed
 H, W = 128, 160
 MARGIN = 40  # drawn around the picture and cut off: objects may reach out of it
@@ -32,52 +28,46 @@ def scene(split: str, index: int) -> tuple[ndarray, ndarray]:
     class. Fences and rings show what is behind them.
     """
     rng = default_rng((STREAMS[split], index, 0, 2))
+
+    def draw(low: int, high: int) -> int:
+        return int(rng.integers(low, high))
+
     label = np.empty((H + 2 * MARGIN, W + 2 * MARGIN), np.uint8)
-    canvas = np.empty((*label.shape, 3), np.float32)
-    horizon = _draw(rng, 40, 80)
-    _paint(canvas, label, 0, (0, 0, horizon, W), rng)
-    _paint(canvas, label, 1, (horizon, 0, H - horizon, W), rng)
-    for kind in _draw_kinds(rng):
-        box = _draw_box(kind, horizon, rng)
-        _paint(canvas, label, kind, box, rng)
-    inside = np.s_[MARGIN:-MARGIN, MARGIN:-MARGIN]
-    image = canvas[inside]
-    label = label[inside].copy()
-    noise = rng.standard_normal(image.shape, np.float32)
-    image += 8 * noise
-    return image.clip(0, 255).astype(np.uint8), label
-
-
-def _draw(rng: Generator, low: int, high: int) -> int:
-    return int(rng.integers(low, high))
-
-
-def _draw_kinds(rng: Generator) -> list[int]:
-    """The objects' classes: most of them once, some twice; walls and fences first, being large."""
+    image = np.empty((*label.shape, 3), np.float32)
+    horizon = draw(40, 80)
+    _paint(image, label, 0, (0, 0, horizon, W), rng)
+    _paint(image, label, 1, (horizon, 0, H - horizon, W), rng)
+    # Walls and fences come first, because they are large; then each small class, some twice.
     small = rng.permutation([4, 5, 6, 7])
-    count = _draw(rng, 0, 3)
-    again = rng.integers(2, 8, count)
+    again = rng.integers(2, 8, draw(0, 3))
     kinds = np.r_[2, 3, small, again]
     kept = rng.random(len(kinds)) < 0.9
-    return kinds[kept].tolist()
+    for kind in kinds[kept].tolist():
+        if kind <= 3:  # a wall or a fence stands on the ground
+            h = draw(36, 60)
+            w = draw(50, 110)
+            top = horizon + draw(8, 40) - h
+        else:
+            h = draw(28, 60)
+            w = draw(28, 60)
+            if kind >= 6:  # balls and rings are round
+                h = w
+            top = draw(0, H - h)
+        left = draw(-w // 3, W - 2 * w // 3)
+        _paint(image, label, kind, (top, left, h, w), rng)
+    inside = np.s_[MARGIN:-MARGIN, MARGIN:-MARGIN]
+    image = image[inside]
+    image += 8 * rng.standard_normal(image.shape, np.float32)
+    return image.clip(0, 255).astype(np.uint8), label[inside].copy()
 
 
-def _draw_box(kind: int, horizon: int, rng: Generator) -> Box:
-    if kind <= 3:  # a wall or a fence stands on the ground
-        h = _draw(rng, 36, 60)
-        w = _draw(rng, 50, 110)
-        top = horizon + _draw(rng, 8, 40) - h
-    else:
-        h = _draw(rng, 28, 60)
-        w = _draw(rng, 28, 60)
-        if kind >= 6:  # balls and rings are round
-            h = w
-        top = _draw(rng, 0, H - h)
-    left = _draw(rng, -w // 3, W - 2 * w // 3)
-    return top, left, h, w
-
-
-def _paint(image: ndarray, label: ndarray, kind: int, box: Box, rng: Generator) -> None:
+def _paint(
+    image: ndarray,
+    label: ndarray,
+    kind: int,
+    box: Box,
+    rng: Generator,
+) -> None:
     """Draw an object of class `kind` in the box."""
     top, left, h, w = box
     first = rng.uniform(20, 235, 3)
@@ -97,7 +87,7 @@ def _paint(image: ndarray, label: ndarray, kind: int, box: Box, rng: Generator) 
 def _texture(kind: int, h: int, w: int, rng: Generator) -> tuple[ndarray, ndarray]:
     """Mix of the two colours, 0..1, and where the object is; each broadcasts to (h, w)."""
     y, x = np.ogrid[:h, :w]
-    p = _draw(rng, 5, 9)  # the period in pixels
+    p = int(rng.integers(5, 9))  # the period in pixels
     radius = np.hypot(y + 0.5 - h / 2, x + 0.5 - w / 2) / (w / 2)
     mask: ndarray = np.ones((1, 1), bool)
     mix: ndarray

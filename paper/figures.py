@@ -23,7 +23,9 @@ from PIL import Image, ImageDraw
 import dnl
 from attention import attention_row, attention_sheet, pixel_of, require_attention, require_pixel
 from checkpoint import load_network, open_like, read_checkpoint
-from data import IGNORE, DataSet, decode_image, palette, read
+from classes import IGNORE, palette
+from data import DataSet, read
+from decode import decode_image
 from evaluate import predict_ids
 from pictures import colorize, load_font, sheet, shorten
 from runtime import AMP, InputError, Parser, add_flags, choose_amp, run_script
