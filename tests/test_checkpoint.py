@@ -1,6 +1,8 @@
 """Checkpoints: what reads them, and what is refused."""
+import json
 import os
 import shutil
+import signal
 import textwrap
 from dataclasses import replace
 from pathlib import Path
@@ -8,14 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
+import dnl
 import evaluate
 import hubconf
 import train
-from data import InputError
+from data import IGNORE, InputError
 from dnl import PAPER, RELEASED, build
-from helpers import CPU, ROOT, TINY, run_python, same_state, script, trained
+from helpers import CPU, ROOT, TINY, Stub, make_street, predicted, run_python, same_state, script, trained
 
 SMALL = dict(backbone="resnet18", channels=16, num_classes=5)
 
@@ -128,3 +132,44 @@ def test_a_checkpoint_that_no_run_wrote_is_refused(run_folder, street, tmp_path)
     torch.save(whole, args.out / "last.pt")
     train.restore(run)
     assert run.step == 6 and run.history == whole["history"]
+
+
+VERSION_1, FLAGS_1 = Path(__file__).parent / "version1.pt", ("--channels", 4, "--epochs", 12, "--lr", 0.3, "--eval-every", 4)
+
+
+def write_version_1(folder):
+    """How version1.pt was made, by torch 2.13 on a CPU: the stub trained on the street in a new `folder`, stopped after step 32 of 36.
+    `PYTHONPATH=.:tests python -c "import pathlib, test_checkpoint as t; t.write_version_1(pathlib.Path('/tmp/version1'))"`"""
+    step = train.train_step
+
+    def stopping(run, *rest):
+        if run.step == 31:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(run, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dnl, "ResNet", Stub)
+        patch.setattr(train, "train_step", stopping)
+        assert trained(folder / "run", make_street(folder / "street"), *FLAGS_1) == 128 + signal.SIGTERM
+    shutil.copy(folder / "run" / "last.pt", VERSION_1)
+
+
+def test_a_checkpoint_of_version_1_still_loads(street, tmp_path, capsys, stub):
+    """Written once, and read by all that comes after: scored, predicted with, trained on to its end, its backbone lent."""
+    saved = torch.load(VERSION_1, weights_only=True)
+    assert saved["version"] == 1 and saved["step"] == 32
+    assert evaluate.main([str(VERSION_1), "--root", str(street), "--workers", "0", "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (scores["miou"], scores["accuracy"]) == pytest.approx((0.51165, 0.67694), abs=2e-3)  # of 7559 pixels a few are near a draw
+    assert predicted(VERSION_1, street / "images" / "val", "--out", tmp_path / "masks") == 0
+    truth, mask = (np.concatenate([np.asarray(Image.open(folder / f"{i}.png")).ravel() for i in range(5)])
+                   for folder in (street / "labels" / "val", tmp_path / "masks"))
+    assert (truth == mask)[truth != IGNORE].mean() == pytest.approx(scores["accuracy"], abs=2e-3)
+    capsys.readouterr()
+    assert trained(tmp_path / "r", street, *FLAGS_1, "--resume", VERSION_1) == 0
+    assert "version1.pt at step 32 of 36" in capsys.readouterr().out
+    ended = evaluate.read_checkpoint(tmp_path / "r" / "last.pt")
+    assert ended["step"] == 36 and len(ended["history"]) == 12 and ended["history"][:10] == saved["history"]
+    backbone = Stub("resnet18")
+    dnl.load_backbone(backbone, "resnet18", str(VERSION_1))
+    assert all(torch.equal(t, saved["model"][f"backbone.{k}"]) for k, t in backbone.state_dict().items())
