@@ -1,4 +1,5 @@
 """predict.py: tiles, the files it writes, what the test servers expect."""
+
 import json
 import os
 
@@ -17,6 +18,7 @@ from helpers import CPU, blocks, files, make_checkpoint, predicted, ranks
 
 # ---- tiles
 
+
 def test_spans_keep_each_pixel_once_with_margin():
     for side in (8, 13, 64):
         for length in [*range(1, 90), 200, 331]:
@@ -32,6 +34,7 @@ def test_spans_keep_each_pixel_once_with_margin():
 
 class Blur(nn.Module):
     """Logits: the image averaged over 5x5 pixels, zero outside. Remembers the largest input."""
+
     largest = 0
 
     def forward(self, x):
@@ -41,13 +44,17 @@ class Blur(nn.Module):
 
 @pytest.mark.parametrize("size", [(150, 90), (33, 400), (1, 700)])
 def test_tiles_give_what_the_whole_image_gives(size):
-    image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    image = torch.randint(
+        0, 256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
     net = Blur()
-    ids, confidence = predict.predict_ids(net, image, "", device=CPU, side=24)  # margin 3, the blur reaches 2
+    ids, confidence = predict.predict_ids(
+        net, image, "", device=CPU, side=24
+    )  # margin 3, the blur reaches 2
     assert net.largest <= 24 * 24
-    x = (image.double().numpy() - np.array([123.675, 116.28, 103.53])[:, None, None])
+    x = image.double().numpy() - np.array([123.675, 116.28, 103.53])[:, None, None]
     x = np.pad(x / np.array([58.395, 57.12, 57.375])[:, None, None], ((0, 0), (2, 2), (2, 2)))
-    mean = sum(x[:, i:i + size[0], j:j + size[1]] for i in range(5) for j in range(5)) / 25
+    mean = sum(x[:, i : i + size[0], j : j + size[1]] for i in range(5) for j in range(5)) / 25
     p = np.exp(mean) / np.exp(mean).sum(0)
     assert ids.dtype == confidence.dtype == np.uint8 and np.array_equal(ids, mean.argmax(0))
     assert np.abs(confidence - 255 * p.max(0)).max() < 0.51
@@ -64,11 +71,16 @@ def test_up_to_the_bound_it_is_evaluates_argmax(checkpoint, options):
 
 def test_tile_side_bounds_memory_but_grants_crop():
     assert predict.tile_side(19, None) == 2048 and predict.tile_side(19, 768) == 2048
-    assert predict.tile_side(150, None) ** 2 * 150 * 4 <= 2**30 < (predict.tile_side(150, None) + 2) ** 2 * 150 * 4
+    assert (
+        predict.tile_side(150, None) ** 2 * 150 * 4
+        <= 2**30
+        < (predict.tile_side(150, None) + 2) ** 2 * 150 * 4
+    )
     assert predict.tile_side(150, 3000) == 3000
 
 
 # ---- files
+
 
 def test_mask_overlay_confidence(checkpoint, photo, tmp_path):
     assert predicted(checkpoint, photo, "--out", tmp_path / "o", "--confidence") == 0
@@ -81,7 +93,9 @@ def test_mask_overlay_confidence(checkpoint, photo, tmp_path):
     assert grey.mode == "L" and np.abs(np.array(grey) - 255 * p.amax(0).numpy()).max() < 0.51
     over = np.asarray(Image.open(tmp_path / "o" / "photo_overlay.png")).astype(int)
     half = (blocks(40, 56).astype(int) + np.array(saved["colors"])[np.array(mask)]) / 2
-    found = any(np.abs(over[y:y + 40, x:x + 56] - half).max() <= 1 for y in range(30) for x in range(12))
+    found = any(
+        np.abs(over[y : y + 40, x : x + 56] - half).max() <= 1 for y in range(30) for x in range(12)
+    )
     assert found and over.shape[0] > 60  # the picture as it is, and a legend
 
 
@@ -89,17 +103,23 @@ def test_an_overlay_keeps_the_shape_of_a_tall_photograph():
     """What is as high as 2048 pixels is not squeezed: the lowest row of the picture is the lowest of the photograph."""
     image, ids = torch.zeros(1900, 300, 3, dtype=torch.uint8), np.zeros((1900, 300), np.uint8)
     image[-1] = 250
-    picture = np.asarray(predict.overlay(image, "t", ids, {"classes": ["a"], "colors": [[0, 0, 0]]})).astype(int)
-    bright, = (picture[:, 100] == 125).all(1).nonzero()
-    assert len(bright) == 1 and (picture[bright[0] - 1899:bright[0], 100] == 0).all()
+    picture = np.asarray(
+        predict.overlay(image, "t", ids, {"classes": ["a"], "colors": [[0, 0, 0]]})
+    ).astype(int)
+    (bright,) = (picture[:, 100] == 125).all(1).nonzero()
+    assert len(bright) == 1 and (picture[bright[0] - 1899 : bright[0], 100] == 0).all()
 
 
 def test_exif_is_honoured(checkpoint, photo, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
-    Image.open(photo).transpose(Image.Transpose.ROTATE_90).save(photo.with_name("turned.png"), exif=exif)
+    Image.open(photo).transpose(Image.Transpose.ROTATE_90).save(
+        photo.with_name("turned.png"), exif=exif
+    )
     assert predicted(checkpoint, photo.parent, "--out", tmp_path / "o") == 0
-    upright, turned = (np.asarray(Image.open(tmp_path / "o" / f"{n}.png")) for n in ("photo", "turned"))
+    upright, turned = (
+        np.asarray(Image.open(tmp_path / "o" / f"{n}.png")) for n in ("photo", "turned")
+    )
     assert upright.shape == (40, 56) and np.array_equal(upright, turned)
 
 
@@ -134,9 +154,15 @@ def test_again_with_results_inside_the_folder(checkpoint, photo):
     assert files(photo.parent / "results") == ["photo.png", "photo_overlay.png"]
 
 
-@pytest.mark.parametrize("other, flags, told", [
-    ("photo.jpg", [], "both write"), ("photo_overlay.jpg", [], "both write"), ("x.png", ["--out", "in"], "overwrite"),
-    ("x.png", ["--out", "link"], "leave")])
+@pytest.mark.parametrize(
+    "other, flags, told",
+    [
+        ("photo.jpg", [], "both write"),
+        ("photo_overlay.jpg", [], "both write"),
+        ("x.png", ["--out", "in"], "overwrite"),
+        ("x.png", ["--out", "link"], "leave"),
+    ],
+)
 def test_refused_before_any_work(photo, tmp_path, monkeypatch, other, flags, told):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (8, 8)).save(photo.with_name(other))
@@ -156,7 +182,15 @@ def test_nothing_to_do_is_an_error(tmp_path):
             predicted("absent.pt", given)
 
 
-@pytest.mark.parametrize("flags", [["--attention", "1;2"], ["--format", "ade20k", "--confidence"], ["--scales", "0"], ["--scales", "1e9"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--attention", "1;2"],
+        ["--format", "ade20k", "--confidence"],
+        ["--scales", "0"],
+        ["--scales", "1e9"],
+    ],
+)
 def test_wrong_flags(photo, flags):
     with pytest.raises(InputError):
         predicted("absent.pt", photo, *flags)
@@ -168,10 +202,15 @@ def test_an_output_that_is_not_finite_is_no_result(run_folder, street, photo, tm
     for name in ("head.0.weight", "head.4.weight"):
         state["model"][name] *= 1e30
     torch.save(state, tmp_path / "huge.pt")
-    with pytest.raises(InputError, match=r"images/val/0\.png: the network's output is not finite: try --amp off"):
+    with pytest.raises(
+        InputError, match=r"images/val/0\.png: the network's output is not finite: try --amp off"
+    ):
         evaluate.main([str(tmp_path / "huge.pt")])
     assert predicted(tmp_path / "huge.pt", photo, "--out", tmp_path / "o") == 1
-    assert "photo.png: the network's output is not finite" in capsys.readouterr().err and not (tmp_path / "o").exists()
+    assert (
+        "photo.png: the network's output is not finite" in capsys.readouterr().err
+        and not (tmp_path / "o").exists()
+    )
 
 
 def test_out_that_is_a_file(photo):
@@ -186,8 +225,12 @@ def test_result_that_cannot_be_written_is_named(checkpoint, photo, tmp_path, cap
 
 
 def test_image_without_result_leaves_the_others(checkpoint, photo, tmp_path, capsys, monkeypatch):
-    errors = {41: lambda: torch.empty(2**60, dtype=torch.uint8), 42: lambda: np.empty(2**60, np.uint8),
-              43: lambda: Image.new("L", (9, 9)).resize((0, 9)), 44: lambda: torch.ones(2) @ torch.ones(3)}
+    errors = {
+        41: lambda: torch.empty(2**60, dtype=torch.uint8),
+        42: lambda: np.empty(2**60, np.uint8),
+        43: lambda: Image.new("L", (9, 9)).resize((0, 9)),
+        44: lambda: torch.ones(2) @ torch.ones(3),
+    }
     whole = predict.predict_ids
 
     def failing(net, image, source, **options):
@@ -212,7 +255,17 @@ def test_two_ranks_give_the_files_of_one(checkpoint, photo, tmp_path):
         Image.fromarray(blocks(40, 40 + i, i)).save(photo.with_name(f"{i}.png"))
     photo.with_name("bad.png").write_text("")
     assert predicted(checkpoint, photo.parent, "--out", tmp_path / "one") == 1
-    status, texts = ranks(2, predict.main, checkpoint, photo.parent, "--out", tmp_path / "two", "--workers", "0", said=tmp_path / "said")
+    status, texts = ranks(
+        2,
+        predict.main,
+        checkpoint,
+        photo.parent,
+        "--out",
+        tmp_path / "two",
+        "--workers",
+        "0",
+        said=tmp_path / "said",
+    )
     assert status == [1, 1] and "4 images" in texts[0] and "1 failed" in texts[0]
     assert files(tmp_path / "one") == files(tmp_path / "two") != []
     for name in files(tmp_path / "one"):
@@ -221,8 +274,27 @@ def test_two_ranks_give_the_files_of_one(checkpoint, photo, tmp_path):
 
 # ---- test servers
 
-TO_TRAIN_ID = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13, 27: 14,
-               28: 15, 31: 16, 32: 17, 33: 18}  # cityscapesScripts, helpers/labels.py
+TO_TRAIN_ID = {
+    7: 0,
+    8: 1,
+    11: 2,
+    12: 3,
+    13: 4,
+    17: 5,
+    19: 6,
+    20: 7,
+    21: 8,
+    22: 9,
+    23: 10,
+    24: 11,
+    25: 12,
+    26: 13,
+    27: 14,
+    28: 15,
+    31: 16,
+    32: 17,
+    33: 18,
+}  # cityscapesScripts, helpers/labels.py
 
 
 def test_cityscapes_files_score_as_evaluate_does(tmp_path, capsys):
@@ -232,18 +304,41 @@ def test_cityscapes_files_score_as_evaluate_does(tmp_path, capsys):
         for top, end in (("leftImg8bit", "leftImg8bit"), ("gtFine", "gtFine_labelIds")):
             path = root / top / "val" / frame.split("_")[0] / f"{frame}_{end}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(blocks(64, 128, i) if end == "leftImg8bit" else
-                            rng.integers(0, 34, (64, 128), np.uint8)).save(path)
+            Image.fromarray(
+                blocks(64, 128, i)
+                if end == "leftImg8bit"
+                else rng.integers(0, 34, (64, 128), np.uint8)
+            ).save(path)
     checkpoint = make_checkpoint(tmp_path / "best.pt", CITYSCAPES, "cityscapes", str(root))
     out = tmp_path / "o"
-    assert predicted(checkpoint, root / "leftImg8bit" / "val", "--out", out, "--format", "cityscapes") == 0
+    assert (
+        predicted(checkpoint, root / "leftImg8bit" / "val", "--out", out, "--format", "cityscapes")
+        == 0
+    )
     said = capsys.readouterr().err
-    assert "3 not 2048x1024" in said and "3 files; the server expects the 1525" in said and "missing" not in said
+    assert (
+        "3 not 2048x1024" in said
+        and "3 files; the server expects the 1525" in said
+        and "missing" not in said
+    )
     assert files(out) == sorted(f"{frame}_pred_labelIds.png" for frame in frames)
-    status, texts = ranks(2, predict.main, checkpoint, root / "leftImg8bit" / "val", "--out", tmp_path / "two", "--format",
-                          "cityscapes", "--workers", "0", said=tmp_path / "said")
+    status, texts = ranks(
+        2,
+        predict.main,
+        checkpoint,
+        root / "leftImg8bit" / "val",
+        "--out",
+        tmp_path / "two",
+        "--format",
+        "cityscapes",
+        "--workers",
+        "0",
+        said=tmp_path / "said",
+    )
     assert status == [0, 0] and "3 files; the server expects the 1525" in texts[0]
-    assert all((tmp_path / "two" / name).read_bytes() == (out / name).read_bytes() for name in files(out))
+    assert all(
+        (tmp_path / "two" / name).read_bytes() == (out / name).read_bytes() for name in files(out)
+    )
     matrix = np.zeros((19, 19), int)
     for frame in frames:
         [guess] = out.glob(f"{frame}*.png")  # as cityscapesScripts looks for it
@@ -266,7 +361,12 @@ def test_check_server_lists_what_the_server_refuses(tmp_path, capsys):
     Image.new("L", (2048, 1024)).save(tmp_path / "old.png")
     predict.check_server(tmp_path, [f"{c}_000000_000000_pred_labelIds" for c in "abc"])
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 4 and "missing: c_" in lines[0] and "old.png" in lines[1] and ": b_" in lines[2]
+    assert (
+        len(lines) == 4
+        and "missing: c_" in lines[0]
+        and "old.png" in lines[1]
+        and ": b_" in lines[2]
+    )
     assert not any("a_0" in line for line in lines)
 
 
@@ -292,5 +392,7 @@ def test_ade20k_counts_from_one(photo, tmp_path):
         assert predicted(checkpoint, photo, "--out", tmp_path / form, "--format", form) == 0
     assert files(tmp_path / "ade20k") == ["photo.png"]
     mask, result = (Image.open(tmp_path / form / "photo.png") for form in ("masks", "ade20k"))
-    assert result.mode == "L" and np.array_equal(np.asarray(result), np.asarray(mask).astype(int) + 1)
+    assert result.mode == "L" and np.array_equal(
+        np.asarray(result), np.asarray(mask).astype(int) + 1
+    )
     assert len(np.unique(mask)) > 1

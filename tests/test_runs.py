@@ -1,4 +1,5 @@
 """Whole trainings: stopped, killed, resumed, on full disks, on ranks that die, two in a folder."""
+
 import contextlib
 import json
 import os
@@ -25,12 +26,36 @@ from helpers import CPU, ROOT, TINY, forked, ranks, same_run, same_state, traine
 
 
 def test_a_run_leaves_its_four_files(run_folder):
-    assert {p.name for p in run_folder.iterdir()} == {"last.pt", "last.prev.pt", "best.pt", "log.jsonl", "val.png", ".lock"}
+    assert {p.name for p in run_folder.iterdir()} == {
+        "last.pt",
+        "last.prev.pt",
+        "best.pt",
+        "log.jsonl",
+        "val.png",
+        ".lock",
+    }
     settings, *epochs = map(json.loads, (run_folder / "log.jsonl").read_text().splitlines())
-    assert settings["settings"]["batch"] == 4 and [e["epoch"] for e in epochs] == [1, 2] and epochs[1]["step"] == 6
-    assert set(epochs[0]) == {"epoch", "step", "lr", "skipped", "loss", "loss_res2", "loss_res3", "miou", "accuracy", "iou"}
+    assert (
+        settings["settings"]["batch"] == 4
+        and [e["epoch"] for e in epochs] == [1, 2]
+        and epochs[1]["step"] == 6
+    )
+    assert set(epochs[0]) == {
+        "epoch",
+        "step",
+        "lr",
+        "skipped",
+        "loss",
+        "loss_res2",
+        "loss_res3",
+        "miou",
+        "accuracy",
+        "iou",
+    }
     checkpoint = torch.load(run_folder / "last.pt", weights_only=True)
-    assert checkpoint["classes"] == ["red", "green", "blue"] and checkpoint["best"] == max(e["miou"] for e in epochs)
+    assert checkpoint["classes"] == ["red", "green", "blue"] and checkpoint["best"] == max(
+        e["miou"] for e in epochs
+    )
     with Image.open(run_folder / "val.png") as sheet:
         assert sheet.width > 900 and sheet.height > 600
 
@@ -40,8 +65,14 @@ def test_the_line_fits_its_terminal(run_folder, street, tmp_path, monkeypatch, c
     monkeypatch.setattr(train, "on_terminal", lambda stream: True)
     monkeypatch.setattr(train.shutil, "get_terminal_size", lambda: os.terminal_size((80, 24)))
     assert trained(tmp_path / "r", street) == 0
-    lines = [line for line in re.split("\r\033\\[K|\n", capsys.readouterr().out) if line.startswith("[")]
-    assert len(lines) == 6 and all(len(line) == 79 for line in lines) and lines[2].startswith("[" + 10 * "#" + 10 * "." + "] epoch 1/2")
+    lines = [
+        line for line in re.split("\r\033\\[K|\n", capsys.readouterr().out) if line.startswith("[")
+    ]
+    assert (
+        len(lines) == 6
+        and all(len(line) == 79 for line in lines)
+        and lines[2].startswith("[" + 10 * "#" + 10 * "." + "] epoch 1/2")
+    )
 
 
 @pytest.mark.slow
@@ -49,11 +80,22 @@ def test_training_learns(street, tmp_path):
     """Colour alone separates these classes: a network that cannot learn them in 30 steps is broken."""
     assert trained(tmp_path / "r", street, "--epochs", 10, "--lr", 0.05, "--eval-every", 10) == 0
     lines = [json.loads(x) for x in (tmp_path / "r" / "log.jsonl").read_text().splitlines()[1:]]
-    assert lines[-1]["loss"] < 0.75 * lines[0]["loss"] and lines[-1]["miou"] > 0.4 and lines[0]["miou"] is None
+    assert (
+        lines[-1]["loss"] < 0.75 * lines[0]["loss"]
+        and lines[-1]["miou"] > 0.4
+        and lines[0]["miou"] is None
+    )
 
 
-@pytest.mark.parametrize("flags", [
-    [], pytest.param(["--preset", "released", "--workers", "2", "--ema", "0.9"], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        pytest.param(
+            ["--preset", "released", "--workers", "2", "--ema", "0.9"], marks=pytest.mark.slow
+        ),
+    ],
+)
 def test_stopped_and_resumed_is_the_uninterrupted_run(street, tmp_path, monkeypatch, flags, capsys):
     """Stopped by a signal within an epoch (twice), resumed by the same command; the released preset has dropout."""
     assert trained(tmp_path / "whole", street, *flags) == 0
@@ -68,9 +110,13 @@ def test_stopped_and_resumed_is_the_uninterrupted_run(street, tmp_path, monkeypa
     monkeypatch.setattr(train, "train_step", stopping)
     assert [trained(tmp_path / "parts", street, *flags) for _ in range(3)] == [143, 143, 0]
     told = capsys.readouterr().err
-    assert "SIGTERM at step 2, saved" in told and "SIGTERM at step 4, saved" in told  # the step is finished, no other begun
+    assert (
+        "SIGTERM at step 2, saved" in told and "SIGTERM at step 4, saved" in told
+    )  # the step is finished, no other begun
     assert same_state(tmp_path / "whole" / "last.pt", tmp_path / "parts" / "last.pt")
-    assert (tmp_path / "whole" / "log.jsonl").read_text() == (tmp_path / "parts" / "log.jsonl").read_text()
+    assert (tmp_path / "whole" / "log.jsonl").read_text() == (
+        tmp_path / "parts" / "log.jsonl"
+    ).read_text()
 
 
 def test_two_ranks_go_on_where_one_was(street, tmp_path, capsys, monkeypatch, stub):
@@ -86,7 +132,9 @@ def test_two_ranks_go_on_where_one_was(street, tmp_path, capsys, monkeypatch, st
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path / "r", street, "--save-every", 1)
     monkeypatch.setattr(train, "train_step", step)
-    status, texts = ranks(2, train.main, *TINY, "--root", street, "--out", tmp_path / "r", said=tmp_path / "said")
+    status, texts = ranks(
+        2, train.main, *TINY, "--root", street, "--out", tmp_path / "r", said=tmp_path / "said"
+    )
     assert status == [0, 0] and "at step 5 of 6" in texts[0], texts
     last = json.loads((tmp_path / "r" / "log.jsonl").read_text().splitlines()[-1])
     capsys.readouterr()
@@ -94,7 +142,9 @@ def test_two_ranks_go_on_where_one_was(street, tmp_path, capsys, monkeypatch, st
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["miou"] == last["miou"]
 
 
-def test_three_ranks_stopped_and_resumed_are_the_uninterrupted_three(street, tmp_path, monkeypatch, stub):
+def test_three_ranks_stopped_and_resumed_are_the_uninterrupted_three(
+    street, tmp_path, monkeypatch, stub
+):
     """Of three on the order of a sum of gradients matters, and DDP changes its own after a process's first step."""
     flags, step = [*TINY, "--root", street, "--batch", 6], train.train_step
 
@@ -103,12 +153,22 @@ def test_three_ranks_stopped_and_resumed_are_the_uninterrupted_three(street, tmp
             os.kill(os.getpid(), signal.SIGTERM)
         return step(run, *args)
 
-    assert ranks(3, train.main, *flags, "--out", tmp_path / "whole", said=tmp_path / "said")[0] == [0] * 3
+    assert (
+        ranks(3, train.main, *flags, "--out", tmp_path / "whole", said=tmp_path / "said")[0]
+        == [0] * 3
+    )
     monkeypatch.setattr(train, "train_step", stopped)
-    assert ranks(3, train.main, *flags, "--out", tmp_path / "r", said=tmp_path / "said")[0] == [143] * 3
+    assert (
+        ranks(3, train.main, *flags, "--out", tmp_path / "r", said=tmp_path / "said")[0]
+        == [143] * 3
+    )
     monkeypatch.setattr(train, "train_step", step)
     status, text = ranks(3, train.main, *flags, "--out", tmp_path / "r", said=tmp_path / "said")
-    assert status == [0] * 3 and "last.pt at step 2 of 4" in text[0] and same_run(tmp_path / "whole", tmp_path / "r")
+    assert (
+        status == [0] * 3
+        and "last.pt at step 2 of 4" in text[0]
+        and same_run(tmp_path / "whole", tmp_path / "r")
+    )
 
 
 def test_a_finished_run_stays_as_it_is(run_folder, street):
@@ -130,25 +190,48 @@ write = data.write
 def test_full_disk_at_each_write(street, tmp_path, monkeypatch, capsys, stub):
     """Whichever write fails, a loadable checkpoint is there afterwards, and the run goes on and ends the same."""
     assert trained(tmp_path / "whole", street, "--epochs", 1) == 0
-    for nth, name in enumerate(("new.pt", "log.jsonl", "best.pt", "new.pt", "log.jsonl", "val.png")):
+    for nth, name in enumerate(
+        ("new.pt", "log.jsonl", "best.pt", "new.pt", "log.jsonl", "val.png")
+    ):
         out, writes = tmp_path / f"r{nth}", []
 
         def full(path, save):
             writes.append(path.name)
-            return write(path, lambda f: f.write(b"part") and save(Full()) if len(writes) == nth + 1 else save(f))
+            return write(
+                path,
+                lambda f: f.write(b"part") and save(Full()) if len(writes) == nth + 1 else save(f),
+            )
 
         monkeypatch.setattr(train, "write", full)
         status = trained(out, street, "--epochs", 1)
-        assert writes[nth] == name and "No space left" in capsys.readouterr().err and not list(out.glob("*.part"))
+        assert (
+            writes[nth] == name
+            and "No space left" in capsys.readouterr().err
+            and not list(out.glob("*.part"))
+        )
         assert status == (name == "val.png") and same_run(tmp_path / "whole", out)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 def test_a_gpu_trains_resumes_and_scores(street, tmp_path, capsys, amp):
-    flags = ["--amp", amp, "--clip", "1", "--accumulate", "2", "--workers", "2", "--ema", "0.9", "--ohem"]
+    flags = [
+        "--amp",
+        amp,
+        "--clip",
+        "1",
+        "--accumulate",
+        "2",
+        "--workers",
+        "2",
+        "--ema",
+        "0.9",
+        "--ohem",
+    ]
     assert trained(tmp_path / "r", street, *flags) == 0
-    os.replace(tmp_path / "r" / "last.prev.pt", tmp_path / "r" / "last.pt")  # from before the last validation
+    os.replace(
+        tmp_path / "r" / "last.prev.pt", tmp_path / "r" / "last.pt"
+    )  # from before the last validation
     assert trained(tmp_path / "r", street, *flags) == 0
     line = json.loads((tmp_path / "r" / "log.jsonl").read_text().splitlines()[-1])
     capsys.readouterr()
@@ -160,8 +243,28 @@ def test_a_gpu_trains_resumes_and_scores(street, tmp_path, capsys, amp):
 @pytest.mark.parametrize("name, split", [("cityscapes", "trainval"), ("ade20k", "train")])
 def test_trees_named_as_the_real_ones_train_and_score(name, split, request, tmp_path, capsys):
     root = request.getfixturevalue(name)
-    flags = ["--data", name, "--root", str(root), "--split", split, "--backbone", "resnet18", "--channels", "8", "--crop", "64",
-             "--batch", "1", "--epochs", "1", "--workers", "0", "--out", str(tmp_path / "r")]
+    flags = [
+        "--data",
+        name,
+        "--root",
+        str(root),
+        "--split",
+        split,
+        "--backbone",
+        "resnet18",
+        "--channels",
+        "8",
+        "--crop",
+        "64",
+        "--batch",
+        "1",
+        "--epochs",
+        "1",
+        "--workers",
+        "0",
+        "--out",
+        str(tmp_path / "r"),
+    ]
     assert train.main(flags) == 0
     checkpoint = str(tmp_path / "r" / "last.pt")
     assert evaluate.main([checkpoint, "--split", "train", "--workers", "0"]) == 0
@@ -180,6 +283,7 @@ def whole(process):
 def test_killed_twenty_times_is_the_uninterrupted_run(street, tmp_path):
     """SIGKILL at random moments, the same command again each time: the weights, optimizer and log of the run left alone."""
     import torch._dynamo  # noqa: F401  else each start would, and most moments would fall into that
+
     flags = [*TINY, "--root", street, "--epochs", 6, "--save-every", 1, "--out"]
     start = time.monotonic()
     whole(forked(train.main, *flags, tmp_path / "whole"))
@@ -206,13 +310,33 @@ def test_killed_twenty_times_is_the_uninterrupted_run(street, tmp_path):
 def test_two_ranks_stopped_and_killed_are_the_uninterrupted_two(street, tmp_path):
     """SIGTERM to torchrun: both ranks save the same step. Then --max-restarts 3 and each time one rank killed."""
     flags = [*TINY, "--root", street, "--epochs", 4, "--save-every", 1]
-    assert ranks(2, train.main, *flags, "--out", tmp_path / "whole", said=tmp_path / "said")[0] == [0, 0]
+    assert ranks(2, train.main, *flags, "--out", tmp_path / "whole", said=tmp_path / "said")[0] == [
+        0,
+        0,
+    ]
 
     def start():
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3",
-                   ROOT / "train.py", *flags, "--out", tmp_path / "r"]
-        return subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                env=os.environ | {"OMP_NUM_THREADS": "1"})
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "--max-restarts",
+            "3",
+            ROOT / "train.py",
+            *flags,
+            "--out",
+            tmp_path / "r",
+        ]
+        return subprocess.Popen(
+            [*map(str, command)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
 
     process = start()
     for line in process.stdout:
@@ -220,7 +344,9 @@ def test_two_ranks_stopped_and_killed_are_the_uninterrupted_two(street, tmp_path
             process.terminate()
             break
     rest = process.communicate(timeout=60)[0]
-    assert process.returncode != 0 and {f"rank {r}: stopped by SIGTERM at step" in rest for r in (0, 1)} == {True}, rest
+    assert process.returncode != 0 and {
+        f"rank {r}: stopped by SIGTERM at step" in rest for r in (0, 1)
+    } == {True}, rest
     process, kills, steps, lines = start(), 0, 0, []
     for line in process.stdout:
         lines.append(line)
@@ -229,7 +355,11 @@ def test_two_ranks_stopped_and_killed_are_the_uninterrupted_two(street, tmp_path
             workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             os.kill(int(workers[kills % 2]), signal.SIGKILL)
             kills, steps = kills + 1, 0
-    assert process.wait(60) == 0 and kills == 2 and sum(line.startswith("resumed") for line in lines) == 3, "".join(lines)
+    assert (
+        process.wait(60) == 0
+        and kills == 2
+        and sum(line.startswith("resumed") for line in lines) == 3
+    ), "".join(lines)
     assert same_run(tmp_path / "whole", tmp_path / "r")
 
 
@@ -247,7 +377,9 @@ def test_killed_while_validating_repeats_only_that(street, tmp_path, monkeypatch
     for step in (3, 3, 6):
         with pytest.raises(KeyboardInterrupt):
             trained(tmp_path / "r", street)
-        assert (tmp_path / "r" / "last.prev.pt").exists() == (step == 6)  # a repetition leaves the checkpoint before where it is
+        assert (tmp_path / "r" / "last.prev.pt").exists() == (
+            step == 6
+        )  # a repetition leaves the checkpoint before where it is
         saved = evaluate.read_checkpoint(tmp_path / "r" / "last.pt")
         assert saved["step"] == step and len(saved["history"]) == step // 3 - 1
     assert trained(tmp_path / "r", street) == 0 and len(calls) == 5
@@ -255,9 +387,23 @@ def test_killed_while_validating_repeats_only_that(street, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_signal_while_validating_stops_every_rank_at_the_image(street, tmp_path, monkeypatch, stub, world):
+def test_a_signal_while_validating_stops_every_rank_at_the_image(
+    street, tmp_path, monkeypatch, stub, world
+):
     """Told as saved, which it was before validating; the same command repeats validation alone, to the same bits."""
-    assert ranks(world, train.main, *TINY, "--root", street, "--out", tmp_path / "whole", said=tmp_path / "said")[0] == [0] * world
+    assert (
+        ranks(
+            world,
+            train.main,
+            *TINY,
+            "--root",
+            street,
+            "--out",
+            tmp_path / "whole",
+            said=tmp_path / "said",
+        )[0]
+        == [0] * world
+    )
     first, prediction, seen = tmp_path / "first", evaluate.predict, []
 
     def signalled(*args, **kwargs):
@@ -273,11 +419,16 @@ def test_a_signal_while_validating_stops_every_rank_at_the_image(street, tmp_pat
     flags = [*TINY, "--root", street, "--out", tmp_path / "r"]
     status, text = ranks(world, train.main, *flags, said=tmp_path / "said")
     told = zip(status, text, (signal.SIGUSR1, signal.SIGTERM))
-    assert all(code == 128 + s and f"rank {r}: stopped by {s.name} at step 3, saved" in line for r, (code, line, s) in enumerate(told)), text
+    assert all(
+        code == 128 + s and f"rank {r}: stopped by {s.name} at step 3, saved" in line
+        for r, (code, line, s) in enumerate(told)
+    ), text
     saved = evaluate.read_checkpoint(tmp_path / "r" / "last.pt")
     assert saved["step"] == 3 and not saved["history"]
     monkeypatch.setattr(evaluate, "predict", prediction)
-    assert ranks(world, train.main, *flags, said=tmp_path / "said")[0] == [0] * world and same_run(tmp_path / "whole", tmp_path / "r")
+    assert ranks(world, train.main, *flags, said=tmp_path / "said")[0] == [0] * world and same_run(
+        tmp_path / "whole", tmp_path / "r"
+    )
 
 
 @pytest.mark.parametrize("moved", [False, True])
@@ -303,13 +454,17 @@ def test_a_file_size_limit_of_the_system(street, tmp_path, capsys, stub):
         assert trained(tmp_path / "r", street) == 1
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "step 6 not saved" in capsys.readouterr().err and not list((tmp_path / "r").glob("*.p*t"))
+    assert "step 6 not saved" in capsys.readouterr().err and not list(
+        (tmp_path / "r").glob("*.p*t")
+    )
     assert trained(tmp_path / "r", street) == 0 and same_run(tmp_path / "whole", tmp_path / "r")
 
 
 def test_stopped_with_a_full_disk_is_not_told_as_saved(street, tmp_path, monkeypatch, capsys, stub):
     monkeypatch.setattr(train, "write", lambda path, save: save(Full()))
-    monkeypatch.setattr(train, "train_step", lambda run, *rest: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(
+        train, "train_step", lambda run, *rest: os.kill(os.getpid(), signal.SIGTERM)
+    )
     assert trained(tmp_path / "r", street) == 143
     assert "SIGTERM at step 1, not saved" in capsys.readouterr().err
 
@@ -327,13 +482,21 @@ def no_room_at_first(monkeypatch, name):
     monkeypatch.setattr(train, "write", full)
 
 
-def test_the_best_that_a_full_disk_lost_is_not_told_as_best(street, tmp_path, monkeypatch, capsys, stub):
+def test_the_best_that_a_full_disk_lost_is_not_told_as_best(
+    street, tmp_path, monkeypatch, capsys, stub
+):
     rising = iter((0.5, 0.4, 0.3))
-    monkeypatch.setattr(train, "validate", lambda run, net: {"miou": next(rising), "accuracy": 1.0, "iou": [0.5] * 3})
+    monkeypatch.setattr(
+        train,
+        "validate",
+        lambda run, net: {"miou": next(rising), "accuracy": 1.0, "iou": [0.5] * 3},
+    )
     no_room_at_first(monkeypatch, "best.pt")
     assert trained(tmp_path / "r", street, "--epochs", 3) == 0
     assert "best.pt (mIoU 0.4000)" in capsys.readouterr().out
-    best, last = (evaluate.read_checkpoint(tmp_path / "r" / name) for name in ("best.pt", "last.pt"))
+    best, last = (
+        evaluate.read_checkpoint(tmp_path / "r" / name) for name in ("best.pt", "last.pt")
+    )
     assert best["step"] == 6 and best["best"] == last["best"] == 0.4
 
 
@@ -360,9 +523,22 @@ def test_nobody_listens(street, tmp_path, monkeypatch, stub):
 def test_training_on_a_full_disk_behind_its_output_keeps_its_status(street, tmp_path, monkeypatch):
     """A process of its own, its output buffered: neither a loader's start, which flushes, nor the interpreter's end is the worse for it."""
     monkeypatch.setenv("PYTHONUNBUFFERED", "")
-    command = [sys.executable, ROOT / "train.py", *TINY, "--root", street, "--out", tmp_path / "r", "--workers", 1]
+    command = [
+        sys.executable,
+        ROOT / "train.py",
+        *TINY,
+        "--root",
+        street,
+        "--out",
+        tmp_path / "r",
+        "--workers",
+        1,
+    ]
     with open("/dev/full", "w") as full:
-        assert subprocess.run([*map(str, command)], stdout=full, stderr=full, timeout=100).returncode == 0
+        assert (
+            subprocess.run([*map(str, command)], stdout=full, stderr=full, timeout=100).returncode
+            == 0
+        )
     assert trained(tmp_path / "heard", street) == 0 and same_run(tmp_path / "r", tmp_path / "heard")
 
 
@@ -387,7 +563,9 @@ def test_resume_into_the_folder_of_another_run(run_folder, street, tmp_path, stu
     assert trained(tmp_path / "s", street, "--epochs", 2, "--eval-every", 2) == 0
     os.replace(tmp_path / "r" / "best.pt", tmp_path / "s" / "best.pt")
     assert trained(tmp_path / "s", street, "--epochs", 2, "--eval-every", 2) == 0
-    args = train.parse([*TINY, "--root", str(street), "--out", str(tmp_path / "s"), "--eval-every", "2"], 1)
+    args = train.parse(
+        [*TINY, "--root", str(street), "--out", str(tmp_path / "s"), "--eval-every", "2"], 1
+    )
     run = train.setup(args, 0, 1, CPU)
     train.restore(run)
     assert run.step == 6 and run.best is None  # that best.pt is another run's
@@ -401,9 +579,24 @@ def test_a_file_that_breaks_stops_every_rank_with_one_line(street, tmp_path, stu
     for i, item in enumerate(data.open_dataset("folder", root, "train").items):
         if i not in first:
             item.image.write_bytes(b"not an image")
-    status, texts = ranks(2, train.main, *TINY, "--root", root, "--out", tmp_path / "r", "--save-every", 1, said=tmp_path / "said")
+    status, texts = ranks(
+        2,
+        train.main,
+        *TINY,
+        "--root",
+        root,
+        "--out",
+        tmp_path / "r",
+        "--save-every",
+        1,
+        said=tmp_path / "said",
+    )
     told = [text.splitlines()[-1] for text in texts]
-    assert status == [2, 2] and any("images/train/" in line for line in told) and "Traceback" not in "".join(texts), texts
+    assert (
+        status == [2, 2]
+        and any("images/train/" in line for line in told)
+        and "Traceback" not in "".join(texts)
+    ), texts
     assert torch.load(tmp_path / "r" / "last.pt", weights_only=True)["step"] == 2
 
 
@@ -419,8 +612,12 @@ def test_a_rank_that_is_killed_is_a_line_on_the_other(where, street, tmp_path, m
         return function(*args, **kwargs)
 
     monkeypatch.setattr(train, where, killed)
-    status, text = ranks(2, train.main, *TINY, "--root", street, "--out", tmp_path / "r", said=tmp_path / "said")
-    assert status == [1, -signal.SIGKILL] and text[0].splitlines()[-1].endswith("another rank is gone: its own line says why, or it was killed")
+    status, text = ranks(
+        2, train.main, *TINY, "--root", street, "--out", tmp_path / "r", said=tmp_path / "said"
+    )
+    assert status == [1, -signal.SIGKILL] and text[0].splitlines()[-1].endswith(
+        "another rank is gone: its own line says why, or it was killed"
+    )
     assert "Traceback" not in text[0]
 
 
