@@ -1,4 +1,5 @@
 """dnl.py alone: every equation of the paper and every promise of the file. Needs torch, numpy, pytest and released.npz beside it."""
+
 import ast
 import os
 import re
@@ -19,16 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import dnl
-<<<<<<< HEAD
-import evaluate
-import hubconf
-import predict
-import train
-from data import ADE20K, CITYSCAPES, IGNORE, InputError, palette
-from dnl import PAPER, RELEASED, DenoisedNonLocal, ResNet, build, denoised_attention, denoised_maps
-=======
 from dnl import DenoisedNonLocal, PAPER, RELEASED, ResNet, build, denoised_attention, denoised_maps
->>>>>>> tests-apart
 
 HERE = Path(__file__).parent
 SMALL = dict(backbone="resnet18", channels=16, num_classes=5)
@@ -38,7 +30,10 @@ def qkvp(size, batch=2, channels=6, keys=4, classes=3, seed=0, dtype=torch.doubl
     """Q, K, V, P as leaves that require a gradient."""
     g = torch.Generator().manual_seed(seed)
     rows = (keys, keys, channels, classes)
-    return [torch.randn(batch, c, size[0] * size[1], generator=g, dtype=dtype).requires_grad_() for c in rows]
+    return [
+        torch.randn(batch, c, size[0] * size[1], generator=g, dtype=dtype).requires_grad_()
+        for c in rows
+    ]
 
 
 def map_route(q, k, v, p, size, kernel=3):
@@ -93,7 +88,9 @@ def test_both_routes_equal_loops_over_pixels(size, kernel, gr):
     maps = denoised_maps(q, k, p, size, kernel)
     values = denoised_attention(q, k, v, p, size, kernel, chunk=4)
     for b in range(2):
-        expected = loop_maps(q[b].numpy(), k[b].numpy(), None if p is None else p[b].numpy(), size, kernel)
+        expected = loop_maps(
+            q[b].numpy(), k[b].numpy(), None if p is None else p[b].numpy(), size, kernel
+        )
         assert gap([m[b] for m in maps], [torch.from_numpy(m) for m in expected]) < 1e-12
         assert np.abs(values[b].numpy() - v[b].numpy() @ expected[2].T).max() < 1e-12
 
@@ -104,14 +101,19 @@ def test_both_routes_equal_loops_over_pixels(size, kernel, gr):
 def test_value_route_equals_map_route_forward_and_gradients(size, kernel, gr):
     q, k, v, p = qkvp(size)
     inputs, p = ([q, k, v, p], p) if gr else ([q, k, v], None)
-    value, maps = denoised_attention(q, k, v, p, size, kernel, chunk=10), map_route(q, k, v, p, size, kernel)
+    value, maps = (
+        denoised_attention(q, k, v, p, size, kernel, chunk=10),
+        map_route(q, k, v, p, size, kernel),
+    )
     assert gap([value], [maps]) < 1e-12
     assert gap(grads(value, inputs), grads(maps, inputs)) < 1e-12
 
 
 def test_without_gr_and_lr_it_is_the_plain_non_local_block():
     q, k, v, _ = qkvp((5, 6))
-    expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=1.0).transpose(1, 2)
+    expected = F.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), scale=1.0
+    ).transpose(1, 2)
     assert gap([denoised_attention(q, k, v, None, (5, 6), 0)], [expected]) < 1e-12
 
 
@@ -119,16 +121,29 @@ def test_affinity_rows_sum_to_one_and_are_even_where_nothing_is_known():
     q, k, _, _ = qkvp((4, 5))
     a = dnl.affinity(q, k)
     assert (a > 0).all() and gap([a.sum(-1)], [torch.ones(2, 20)]) < 1e-12
-    assert gap([dnl.affinity(torch.zeros_like(q), k)], [torch.full((2, 20, 20), 1 / 20, dtype=torch.double)]) < 1e-12
+    assert (
+        gap(
+            [dnl.affinity(torch.zeros_like(q), k)],
+            [torch.full((2, 20, 20), 1 / 20, dtype=torch.double)],
+        )
+        < 1e-12
+    )
 
 
 def test_class_affinity_closed_forms():
     classes = torch.tensor([0, 2, 2, 1, 0])
-    hot = 3 * F.one_hot(classes, 3).T[None].double()  # logits 3 for the class, 0 for the others: P^T P is 9 or 0
+    hot = (
+        3 * F.one_hot(classes, 3).T[None].double()
+    )  # logits 3 for the class, 0 for the others: P^T P is 9 or 0
     same = classes[:, None] == classes
-    assert gap([dnl.class_affinity(hot)[0]], [torch.where(same, torch.tensor(sigmoid(9.0)), 0.5)]) < 1e-12
+    assert (
+        gap([dnl.class_affinity(hot)[0]], [torch.where(same, torch.tensor(sigmoid(9.0)), 0.5)])
+        < 1e-12
+    )
     soft = dnl.class_affinity(torch.randn(2, 7, 50).mul(5).softmax(1))
-    assert soft.min() >= 0.5 and soft.max() <= sigmoid(1.0) + 1e-6  # P^T P of probabilities lies in [0, 1]
+    assert (
+        soft.min() >= 0.5 and soft.max() <= sigmoid(1.0) + 1e-6
+    )  # P^T P of probabilities lies in [0, 1]
 
 
 def test_local_similarity_and_retention_know_the_border():
@@ -142,7 +157,9 @@ def test_local_similarity_and_retention_know_the_border():
 @pytest.mark.parametrize("kernel", [1, 3, 5])
 def test_spreading_values_is_the_adjoint_of_local_retention(kernel):
     g = torch.Generator().manual_seed(0)
-    a, v, s = (torch.randn(2, c, 20, generator=g, dtype=torch.double) for c in (3, 3, kernel**2))  # s asymmetric
+    a, v, s = (
+        torch.randn(2, c, 20, generator=g, dtype=torch.double) for c in (3, 3, kernel**2)
+    )  # s asymmetric
     left = (dnl.local_retention(a, s, (4, 5), kernel) * v).sum((1, 2))
     assert gap([left], [(a * dnl.spread_values(v, s, (4, 5), kernel)).sum((1, 2))]) < 1e-12
 
@@ -154,8 +171,13 @@ def test_the_memory_format_does_not_change_the_result(batch):
     last = [x.mT.contiguous().mT.requires_grad_() for x in (q, k, v, p)]
     plain = [x.clone().requires_grad_() for x in (q, k, v, p)]
     s = torch.rand(batch, 9, 30, dtype=torch.double)
-    assert dnl.spread_values(last[2], s, (5, 6)).stride(1) == 1 and dnl.spread_values(plain[2], s, (5, 6)).stride(2) == 1
-    assert torch.equal(dnl.spread_values(last[2], s, (5, 6)), dnl.spread_values(plain[2], s, (5, 6)))
+    assert (
+        dnl.spread_values(last[2], s, (5, 6)).stride(1) == 1
+        and dnl.spread_values(plain[2], s, (5, 6)).stride(2) == 1
+    )
+    assert torch.equal(
+        dnl.spread_values(last[2], s, (5, 6)), dnl.spread_values(plain[2], s, (5, 6))
+    )
     a, b = (denoised_attention(*inputs, (5, 6), chunk=7) for inputs in (last, plain))
     assert gap([a], [b]) < 1e-13 and gap(grads(a, last), grads(b, plain)) < 1e-13
 
@@ -164,7 +186,10 @@ def test_the_memory_format_does_not_change_the_result(batch):
 def test_chosen_queries_are_rows_of_the_whole_map(kernel):
     q, k, _, p = qkvp((5, 4))
     rows = torch.tensor([19, 0, 7])
-    chosen, all_rows = denoised_maps(q, k, p, (5, 4), kernel, rows), denoised_maps(q, k, p, (5, 4), kernel)
+    chosen, all_rows = (
+        denoised_maps(q, k, p, (5, 4), kernel, rows),
+        denoised_maps(q, k, p, (5, 4), kernel),
+    )
     for some, whole in zip(chosen, all_rows, strict=True):
         assert some.shape == (2, 3, 20) and gap([some], [whole[:, rows]]) < 1e-12
 
@@ -175,14 +200,20 @@ def test_chosen_queries_are_rows_of_the_whole_map(kernel):
 @pytest.mark.parametrize("chunk", [1, 4, 7, 35, 100])
 def test_the_chunk_does_not_change_the_result(chunk):
     q, k, v, p = qkvp((5, 7))  # 4 does not divide 35
-    one, other = denoised_attention(q, k, v, p, (5, 7)), denoised_attention(q, k, v, p, (5, 7), chunk=chunk)
-    assert gap([one], [other]) < 1e-12 and gap(grads(one, [q, k, v, p]), grads(other, [q, k, v, p])) < 1e-12
+    one, other = (
+        denoised_attention(q, k, v, p, (5, 7)),
+        denoised_attention(q, k, v, p, (5, 7), chunk=chunk),
+    )
+    assert (
+        gap([one], [other]) < 1e-12
+        and gap(grads(one, [q, k, v, p]), grads(other, [q, k, v, p])) < 1e-12
+    )
 
 
 @pytest.mark.parametrize("kernel", [0, 3])
 @pytest.mark.parametrize("gr", [True, False])
 def test_gradcheck(kernel, gr):
-    inputs = qkvp((2, 3), batch=1, channels=2, keys=2, classes=2)[:4 if gr else 3]
+    inputs = qkvp((2, 3), batch=1, channels=2, keys=2, classes=2)[: 4 if gr else 3]
 
     def route(q, k, v, p=None):
         return denoised_attention(q, k, v, p, (2, 3), kernel, chunk=4)
@@ -193,7 +224,7 @@ def test_gradcheck(kernel, gr):
 def test_a_second_derivative_is_an_error():
     q, k, v, p = qkvp((2, 3))
     loss = denoised_attention(q, k, v, p, (2, 3)).square().sum()
-    first, = torch.autograd.grad(loss, [q], create_graph=True)
+    (first,) = torch.autograd.grad(loss, [q], create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         first.square().sum().backward()
 
@@ -201,7 +232,9 @@ def test_a_second_derivative_is_an_error():
 def test_batch_of_none():
     q, k, v, p = qkvp((3, 4), batch=0)
     out = denoised_attention(q, k, v, p, (3, 4))
-    assert out.shape == (0, 6, 12) and [g.shape for g in grads(out, [q, k, v, p])] == [x.shape for x in (q, k, v, p)]
+    assert out.shape == (0, 6, 12) and [g.shape for g in grads(out, [q, k, v, p])] == [
+        x.shape for x in (q, k, v, p)
+    ]
 
 
 class Largest(TorchDispatchMode):
@@ -231,14 +264,20 @@ def test_no_map_is_ever_made_by_the_value_route(route, keeps):
         assert max(forward.numel, backward.numel) <= N * N // 4
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)],
-                         ids=str)
+@pytest.mark.parametrize(
+    "dtype, tolerance",
+    [(torch.float, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)],
+    ids=str,
+)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_logits_up_to_1e4_agree_with_double_precision(dtype, tolerance, autocast):
     """Q, K, P are small integers: exact in every type, so a logit rounded or overflowed on the way is seen."""
     g, size, N = torch.Generator().manual_seed(0), (8, 9), 72
     q, k = (torch.randint(-60, 61, (2, 8, N), generator=g).double() for _ in "qk")
-    p, v = torch.randint(-3, 4, (2, 5, N), generator=g).double(), torch.randn(2, 6, N, generator=g).to(dtype).double()
+    p, v = (
+        torch.randint(-3, 4, (2, 5, N), generator=g).double(),
+        torch.randn(2, 6, N, generator=g).to(dtype).double(),
+    )
     q[:, :, 0] = k[:, :, 0] = 36  # a logit of 8 * 36**2 = 10368
     assert 1e4 < torch.bmm(q.transpose(1, 2), k).abs().max() < 2e4
     exact = [x.clone().requires_grad_() for x in (q, k, v, p)]
@@ -260,6 +299,7 @@ def test_maps_are_exact_under_autocast():
 
 def test_flops_are_those_of_table_v():
     """Table V at N = 48 x 48, C = 512, C' = 64, with the projections; one multiply-add is 2."""
+
     def gflops(run):
         with FlopCounterMode(display=False) as counter:
             run()
@@ -292,15 +332,22 @@ def test_a_fresh_block_is_the_identity_and_an_opened_one_is_eq_3():
     expected = 0.7 * map_route(*block.inputs(f), (6, 7)).view_as(f) + f
     assert gap([opened(block)(f)], [expected]) < 1e-5 and gap([expected], [f]) > 1e-2
     assert {n: tuple(x.shape) for n, x in block.named_parameters()} == {
-        "gamma": (1,), "query.weight": (2, 16, 1, 1), "key.weight": (2, 16, 1, 1), "value.weight": (16, 16, 1, 1),
-        "coarse.weight": (5, 16, 1, 1), "coarse.bias": (5,)}
+        "gamma": (1,),
+        "query.weight": (2, 16, 1, 1),
+        "key.weight": (2, 16, 1, 1),
+        "value.weight": (16, 16, 1, 1),
+        "coarse.weight": (5, 16, 1, 1),
+        "coarse.bias": (5,),
+    }
 
 
 def test_the_block_takes_the_callers_class_predictions():
     f, p = torch.randn(2, 16, 6, 7), torch.randn(2, 3, 6, 7)
     block = opened(DenoisedNonLocal(16, 0))
     q, k, v = (conv(f).flatten(2) for conv in (block.query, block.key, block.value))
-    assert gap([block(f, p)], [0.7 * map_route(q, k, v, p.flatten(2), (6, 7)).view_as(f) + f]) < 1e-5
+    assert (
+        gap([block(f, p)], [0.7 * map_route(q, k, v, p.flatten(2), (6, 7)).view_as(f) + f]) < 1e-5
+    )
     with pytest.raises(ValueError, match=r"hand forward the class predictions p \(B, n, H, W\)"):
         block(f)
 
@@ -314,8 +361,13 @@ def test_the_block_compiles_without_a_break():
 
 
 def test_the_block_exports_with_free_height_and_width():
-    block, free = opened(DenoisedNonLocal(16, 5)).eval(), {2: torch.export.Dim("h"), 3: torch.export.Dim("w")}
-    exported = torch.export.export(block, (torch.randn(2, 16, 6, 7),), dynamic_shapes=(free,)).module()
+    block, free = (
+        opened(DenoisedNonLocal(16, 5)).eval(),
+        {2: torch.export.Dim("h"), 3: torch.export.Dim("w")},
+    )
+    exported = torch.export.export(
+        block, (torch.randn(2, 16, 6, 7),), dynamic_shapes=(free,)
+    ).module()
     other = torch.randn(2, 16, 11, 4)
     assert gap([exported(other)], [block(other)]) < 1e-5
 
@@ -325,7 +377,9 @@ def test_a_network_exports_and_the_program_is_the_network(config, tmp_path):
     """With free batch, height and width, saved and loaded again: any number of images from 17 pixels a side up."""
     net, Dim = opened(build(replace(config, **SMALL | {"channels": 32}))).eval(), torch.export.Dim
     free = {0: Dim("batch"), 2: Dim("height", min=17), 3: Dim("width", min=17)}
-    net.to(memory_format=torch.channels_last).to(memory_format=torch.contiguous_format)  # as README says of a trained one
+    net.to(memory_format=torch.channels_last).to(
+        memory_format=torch.contiguous_format
+    )  # as README says of a trained one
     program = torch.export.export(net, (torch.randn(2, 3, 64, 96),), dynamic_shapes=(free,))
     torch.export.save(program, tmp_path / "net.pt2")
     program = torch.export.load(tmp_path / "net.pt2").module()
@@ -339,12 +393,19 @@ def test_a_network_exports_and_the_program_is_the_network(config, tmp_path):
 
 def resnet_shapes(name):
     """torchvision's names and shapes of a ResNet's parameters and buffers without fc, from the rule they follow."""
-    depths = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}[int(name[6:])]
+    depths = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}[
+        int(name[6:])
+    ]
     wide, shapes, inputs = int(name[6:]) >= 50, {}, 64
 
     def conv_bn(conv, bn, *shape):
         shapes[conv + ".weight"] = shape
-        shapes.update({f"{bn}.{leaf}": shape[:1] for leaf in ("weight", "bias", "running_mean", "running_var")})
+        shapes.update(
+            {
+                f"{bn}.{leaf}": shape[:1]
+                for leaf in ("weight", "bias", "running_mean", "running_var")
+            }
+        )
         shapes[bn + ".num_batches_tracked"] = ()
 
     conv_bn("conv1", "bn1", 64, 3, 7, 7)
@@ -352,7 +413,11 @@ def resnet_shapes(name):
         w = 32 * 2**stage
         for b in range(depth):
             at, out = f"layer{stage}.{b}.", w * (4 if wide else 1)
-            convs = [(w, inputs, 1, 1), (w, w, 3, 3), (out, w, 1, 1)] if wide else [(w, inputs, 3, 3), (w, w, 3, 3)]
+            convs = (
+                [(w, inputs, 1, 1), (w, w, 3, 3), (out, w, 1, 1)]
+                if wide
+                else [(w, inputs, 3, 3), (w, w, 3, 3)]
+            )
             for i, shape in enumerate(convs, 1):
                 conv_bn(f"{at}conv{i}", f"{at}bn{i}", *shape)
             if b == 0 and (wide or stage > 1):
@@ -365,11 +430,21 @@ def imagenet_like(name, **extra):
     """A state as torchvision saves it, with fc."""
     shapes = resnet_shapes(name) | {"fc.weight": (1000, 512), "fc.bias": (1000,)} | extra
     g = torch.Generator().manual_seed(0)
-    return {k: torch.tensor(7) if k.endswith("tracked") else torch.rand(s, generator=g) for k, s in shapes.items()}
+    return {
+        k: torch.tensor(7) if k.endswith("tracked") else torch.rand(s, generator=g)
+        for k, s in shapes.items()
+    }
 
 
-@pytest.mark.parametrize("name, keys, parameters", [("resnet18", 120, 11_176_512), ("resnet34", 216, 21_284_672),
-                                                    ("resnet50", 318, 23_508_032), ("resnet101", 624, 42_500_160)])
+@pytest.mark.parametrize(
+    "name, keys, parameters",
+    [
+        ("resnet18", 120, 11_176_512),
+        ("resnet34", 216, 21_284_672),
+        ("resnet50", 318, 23_508_032),
+        ("resnet101", 624, 42_500_160),
+    ],
+)
 def test_backbone_names_are_torchvisions(name, keys, parameters):
     with torch.device("meta"):
         net = ResNet(name)
@@ -380,9 +455,19 @@ def test_backbone_names_are_torchvisions(name, keys, parameters):
 def test_deep_stem_names_are_those_of_resnet101s():
     with torch.device("meta"):
         state = ResNet("resnet101", deep_stem=True).state_dict()
-    stem = {k: tuple(v.shape) for k, v in state.items() if k.startswith(("conv1", "bn1")) and k.endswith(".weight")}
-    assert stem == {"conv1.0.weight": (64, 3, 3, 3), "conv1.1.weight": (64,), "conv1.3.weight": (64, 64, 3, 3),
-                    "conv1.4.weight": (64,), "conv1.6.weight": (128, 64, 3, 3), "bn1.weight": (128,)}
+    stem = {
+        k: tuple(v.shape)
+        for k, v in state.items()
+        if k.startswith(("conv1", "bn1")) and k.endswith(".weight")
+    }
+    assert stem == {
+        "conv1.0.weight": (64, 3, 3, 3),
+        "conv1.1.weight": (64,),
+        "conv1.3.weight": (64, 64, 3, 3),
+        "conv1.4.weight": (64,),
+        "conv1.6.weight": (128, 64, 3, 3),
+        "bn1.weight": (128,),
+    }
     assert state["layer1.0.conv1.weight"].shape == (64, 128, 1, 1)
 
 
@@ -396,7 +481,9 @@ def test_backbone_strides_and_dilations(name, multi_grid):
     assert sizes == [(c, 9, 17) for c in channels]  # ceil(65 / 8), ceil(130 / 8)
     for layer, dilations in ((net.layer3, [2]), (net.layer4, [4, 8, 16] if multi_grid else [4])):
         for i, block in enumerate(layer):
-            convs = [m for m in block.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+            convs = [
+                m for m in block.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)
+            ]
             assert {m.dilation[0] for m in convs} == {dilations[i % len(dilations)]}
             assert {m.stride[0] for m in convs} == {1}
     first = net.layer2[0]  # stage 2 strides in the 3x3 of its first block, as torchvision's
@@ -408,25 +495,41 @@ def test_an_imagenet_file_loads_but_for_fc(tmp_path):
     torch.save(state, tmp_path / "w.pth")
     dnl.load_backbone(net, "resnet18", str(tmp_path / "w.pth"))
     own = net.state_dict()
-    assert own.keys() == state.keys() - {"fc.weight", "fc.bias"} and all(torch.equal(own[k], state[k]) for k in own)
-    old = {k: v for k, v in state.items() if not k.endswith("tracked")}  # as the files at download.pytorch.org are
+    assert own.keys() == state.keys() - {"fc.weight", "fc.bias"} and all(
+        torch.equal(own[k], state[k]) for k in own
+    )
+    old = {
+        k: v for k, v in state.items() if not k.endswith("tracked")
+    }  # as the files at download.pytorch.org are
     torch.save(old, tmp_path / "old.pth")
     dnl.load_backbone(ResNet("resnet18"), "resnet18", str(tmp_path / "old.pth"))
 
 
 def test_a_mismatch_lists_the_keys_and_loads_nothing():
-    state, net = imagenet_like("resnet18", **{"conv1.weight": (64, 4, 7, 7), "layer9.weight": (1,)}), ResNet("resnet18")
+    state, net = (
+        imagenet_like("resnet18", **{"conv1.weight": (64, 4, 7, 7), "layer9.weight": (1,)}),
+        ResNet("resnet18"),
+    )
     del state["layer1.0.bn1.bias"]
     before = net.layer1[0].conv1.weight.clone()
     with pytest.raises(ValueError) as error:
         dnl.load_strict(net, state, "file x.pth")
-    assert str(error.value) == ("file x.pth does not fit: missing: layer1.0.bn1.bias; unexpected: fc.weight, fc.bias, "
-                                "layer9.weight; of another shape: conv1.weight (64, 4, 7, 7) for (64, 3, 7, 7)")
+    assert str(error.value) == (
+        "file x.pth does not fit: missing: layer1.0.bn1.bias; unexpected: fc.weight, fc.bias, "
+        "layer9.weight; of another shape: conv1.weight (64, 4, 7, 7) for (64, 3, 7, 7)"
+    )
     assert torch.equal(before, net.layer1[0].conv1.weight)
 
 
-@pytest.mark.parametrize("name, file", [("resnet18", "resnet18-f37072fd"), ("resnet34", "resnet34-b627a593"),
-                                        ("resnet50", "resnet50-0676ba61"), ("resnet101", "resnet101-63fe2227")])
+@pytest.mark.parametrize(
+    "name, file",
+    [
+        ("resnet18", "resnet18-f37072fd"),
+        ("resnet34", "resnet34-b627a593"),
+        ("resnet50", "resnet50-0676ba61"),
+        ("resnet101", "resnet101-63fe2227"),
+    ],
+)
 def test_imagenet_weights_come_hash_checked_and_only_for_the_plain_stem(name, file, monkeypatch):
     asked = []
 
@@ -437,7 +540,9 @@ def test_imagenet_weights_come_hash_checked_and_only_for_the_plain_stem(name, fi
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
     with torch.device("meta"):
         plain, deep = ResNet(name), ResNet(name, deep_stem=True)
-    with pytest.raises(ValueError, match="weights imagenet does not fit: missing: conv1.weight"):  # for the empty file
+    with pytest.raises(
+        ValueError, match="weights imagenet does not fit: missing: conv1.weight"
+    ):  # for the empty file
         dnl.load_backbone(plain, name, "imagenet")
     with pytest.raises(ValueError, match="plain stem"):
         dnl.load_backbone(deep, name, "imagenet")
@@ -454,19 +559,43 @@ def test_recompute_changes_neither_gradients_nor_statistics(config):
         net.load_state_dict(start)
         net.zero_grad()
         sum(o.square().mean() for o in net(image)).backward()
-        results.append([p.grad.clone() for p in net.parameters()] + [b.clone() for b in net.buffers()])
+        results.append(
+            [p.grad.clone() for p in net.parameters()] + [b.clone() for b in net.buffers()]
+        )
     assert gap(*results) < 1e-12
 
 
 # -------------------------------------------------------------------------------------------------- the network
 
-SWITCHES = [("paper", s) for s in (
-    {}, {"gr": False}, {"lr": False}, {"gr": False, "lr": False}, {"kernel": 5}, {"p_supervised": True},
-    {"p_supervised": True, "lr": False}, {"p_from": "res3"}, {"context": "nl"}, {"context": "none"},
-    {"context": "mine:conv"})]
-SWITCHES += [("released", s) for s in (
-    {}, {"gr": False}, {"lr": False}, {"gr": False, "lr": False}, {"p_from": "feature", "p_supervised": True},
-    {"context": "nl"}, {"context": "none"}, {"context": "mine:conv"})]
+SWITCHES = [
+    ("paper", s)
+    for s in (
+        {},
+        {"gr": False},
+        {"lr": False},
+        {"gr": False, "lr": False},
+        {"kernel": 5},
+        {"p_supervised": True},
+        {"p_supervised": True, "lr": False},
+        {"p_from": "res3"},
+        {"context": "nl"},
+        {"context": "none"},
+        {"context": "mine:conv"},
+    )
+]
+SWITCHES += [
+    ("released", s)
+    for s in (
+        {},
+        {"gr": False},
+        {"lr": False},
+        {"gr": False, "lr": False},
+        {"p_from": "feature", "p_supervised": True},
+        {"context": "nl"},
+        {"context": "none"},
+        {"context": "mine:conv"},
+    )
+]
 
 
 @pytest.mark.parametrize("preset, switches", SWITCHES, ids=str)
@@ -475,13 +604,19 @@ def test_every_switch_trains_a_step_of_every_parameter(preset, switches):
     torch.manual_seed(0)
     config = replace(PAPER if preset == "paper" else RELEASED, **SMALL | switches)
     mine = config.context == "mine:conv"
-    net = opened(build(config, (lambda channels, classes: nn.Conv2d(channels, channels, 1)) if mine else None)).train()
+    net = opened(
+        build(
+            config, (lambda channels, classes: nn.Conv2d(channels, channels, 1)) if mine else None
+        )
+    ).train()
     image, label = torch.randn(2, 3, 48, 40), torch.randint(0, 5, (2, 48, 40))
     outputs = net(image)
     assert [tuple(o.shape) for o in outputs] == [(2, 5, 48, 40)] * (4 if config.p_supervised else 3)
     sum(F.cross_entropy(o, label) for o in outputs).backward()
     gradients = {n: p.grad for n, p in net.named_parameters()}
-    assert [n for n, g in gradients.items() if g is None or not g.any() or not g.isfinite().all()] == []
+    assert [
+        n for n, g in gradients.items() if g is None or not g.any() or not g.isfinite().all()
+    ] == []
     with torch.no_grad():
         assert net.eval()(image).shape == (2, 5, 48, 40)
 
@@ -491,29 +626,49 @@ def test_the_rows_of_table_ii_differ_in_what_they_should():
     torch.manual_seed(0)
     whole, f = opened(build(replace(PAPER, **SMALL))).context, torch.randn(1, 16, 5, 6)
     q, k, v, p = whole.inputs(f)
-    for gr, lr, switches in ((True, True, {}), (True, False, {"lr": False}), (False, True, {"gr": False}),
-                             (False, False, {"gr": False, "lr": False}), (False, False, {"context": "nl"})):
+    for gr, lr, switches in (
+        (True, True, {}),
+        (True, False, {"lr": False}),
+        (False, True, {"gr": False}),
+        (False, False, {"gr": False, "lr": False}),
+        (False, False, {"context": "nl"}),
+    ):
         row = build(replace(PAPER, **SMALL | switches)).context
-        row.load_state_dict({n: w for n, w in whole.state_dict().items() if gr or not n.startswith("coarse")})
-        expected = 0.7 * map_route(q, k, v, p if gr else None, (5, 6), 3 if lr else 0).view_as(f) + f
+        row.load_state_dict(
+            {n: w for n, w in whole.state_dict().items() if gr or not n.startswith("coarse")}
+        )
+        expected = (
+            0.7 * map_route(q, k, v, p if gr else None, (5, 6), 3 if lr else 0).view_as(f) + f
+        )
         assert gap([row(f)], [expected]) < 1e-5
 
 
 def test_the_paper_preset_is_fig_3_put_together():
     torch.manual_seed(0)
     net = opened(build(replace(PAPER, **SMALL))).double().eval()
-    image, up = torch.randn(2, 3, 65, 50, dtype=torch.double), dict(mode="bilinear", align_corners=True)
+    image, up = (
+        torch.randn(2, 3, 65, 50, dtype=torch.double),
+        dict(mode="bilinear", align_corners=True),
+    )
     res2, res3, x = net.backbone(image)
     f = net.down(net.reduce(x))  # stride 16
     block = net.context
-    q, k, v, p = (conv(f).flatten(2) for conv in (block.query, block.key, block.value, block.coarse))
+    q, k, v, p = (
+        conv(f).flatten(2) for conv in (block.query, block.key, block.value, block.coarse)
+    )
     denoised = 0.7 * map_route(q, k, v, p, f.shape[2:]).view_as(f) + f
     context = net.pool(F.adaptive_avg_pool2d(x, 1)).expand(-1, -1, *x.shape[2:])
     logits = net.head(torch.cat([x, F.interpolate(denoised, x.shape[2:], **up), context], 1))
-    assert gap([net(image)], [F.interpolate(logits, (65, 50), **up)]) < 1e-8  # Q.K is large in an untrained network
+    assert (
+        gap([net(image)], [F.interpolate(logits, (65, 50), **up)]) < 1e-8
+    )  # Q.K is large in an untrained network
     assert gap([net(image, full_size=False)], [logits]) < 1e-8
     assert x.shape[2:] == (9, 7) and f.shape[2:] == (5, 4)
-    assert isinstance(net.aux2, nn.Conv2d) and isinstance(net.aux3, nn.Conv2d) and net.aux2.bias is not None
+    assert (
+        isinstance(net.aux2, nn.Conv2d)
+        and isinstance(net.aux3, nn.Conv2d)
+        and net.aux2.bias is not None
+    )
 
 
 def test_in_training_the_outputs_are_logits_res2_res3_and_p_at_their_own_sizes():
@@ -531,14 +686,22 @@ def test_any_image_size(config, size):
     assert out.shape == (1, 5, *size) and out.isfinite().all()
 
 
-@pytest.mark.parametrize("change, line", [
-    (dict(backbone="resnet19"), "backbone 'resnet19': expected one of resnet18, resnet34, resnet50, resnet101"),
-    (dict(p_from="res4"), "p_from 'res4': expected 'feature' or 'res3'"),
-    (dict(context="mine:conv"), "context 'mine:conv': expected dnl, nl, none, or its factory"),
-    (dict(kernel=4), "kernel 4: LR's window needs an odd size"),
-    (dict(p_supervised=True, gr=False), "a supervised P needs GR"),
-    (dict(p_supervised=True, context="nl"), "a supervised P needs GR"),
-    (dict(p_supervised=True, p_from="res3"), "a supervised P needs GR with P from the feature")], ids=str)
+@pytest.mark.parametrize(
+    "change, line",
+    [
+        (
+            dict(backbone="resnet19"),
+            "backbone 'resnet19': expected one of resnet18, resnet34, resnet50, resnet101",
+        ),
+        (dict(p_from="res4"), "p_from 'res4': expected 'feature' or 'res3'"),
+        (dict(context="mine:conv"), "context 'mine:conv': expected dnl, nl, none, or its factory"),
+        (dict(kernel=4), "kernel 4: LR's window needs an odd size"),
+        (dict(p_supervised=True, gr=False), "a supervised P needs GR"),
+        (dict(p_supervised=True, context="nl"), "a supervised P needs GR"),
+        (dict(p_supervised=True, p_from="res3"), "a supervised P needs GR with P from the feature"),
+    ],
+    ids=str,
+)
 def test_build_says_what_is_wrong(change, line):
     with pytest.raises(ValueError, match=re.escape(line)):
         build(replace(PAPER, **SMALL | change))
@@ -561,7 +724,11 @@ def released_tensor(name, shape):
     elif len(shape) == 1:
         x = 0.3 + 0.4 * r.random(shape)
     else:
-        x = r.standard_normal(shape) / np.sqrt(np.prod(shape[1:])) * (8 if re.match(r"dnl\.conv[12]\.", name) else 1)
+        x = (
+            r.standard_normal(shape)
+            / np.sqrt(np.prod(shape[1:]))
+            * (8 if re.match(r"dnl\.conv[12]\.", name) else 1)
+        )
     return torch.from_numpy(x.astype(np.float32))
 
 
@@ -580,11 +747,19 @@ def released():
 
 def released_gaps(net, images, stored):
     """The greatest difference of each of the outputs and F from the stored numbers."""
-    image = np.random.default_rng(2026).standard_normal((2, 3, 128, 160)).astype(np.float32)[:images]
+    image = (
+        np.random.default_rng(2026).standard_normal((2, 3, 128, 160)).astype(np.float32)[:images]
+    )
     with torch.inference_mode():
         res2, res3, _, f, _ = net.features(torch.from_numpy(image))
-        own = {k: F.interpolate(o, (128, 160), mode="bilinear", align_corners=True)[:, :, ::16, ::16] for k, o in
-               (("out", net(torch.from_numpy(image))), ("aux1", net.aux2(res2)), ("aux2", net.aux3(res3)))}
+        own = {
+            k: F.interpolate(o, (128, 160), mode="bilinear", align_corners=True)[:, :, ::16, ::16]
+            for k, o in (
+                ("out", net(torch.from_numpy(image))),
+                ("aux1", net.aux2(res2)),
+                ("aux2", net.aux3(res3)),
+            )
+        }
     own["f"] = f[:, ::32, ::2, ::2]
     return {k: gap([own[k]], [stored[k][:images]]) for k in stored}
 
@@ -593,7 +768,9 @@ def test_released_preset_equals_the_authors_model_and_the_check_can_fail(release
     stored, state = released
     assert len(state) == 700
     net = build(RELEASED).eval()
-    dnl.load_strict(net, dnl.from_released({"module." + k: v for k, v in state.items()}), "the authors' state")
+    dnl.load_strict(
+        net, dnl.from_released({"module." + k: v for k, v in state.items()}), "the authors' state"
+    )
     assert max(released_gaps(net, 2, stored).values()) < 1e-4
     with torch.no_grad():
         net.context.gamma.fill_(0.6)
@@ -613,12 +790,19 @@ def test_released_preset_equals_the_authors_model_and_the_check_can_fail(release
 def run_python(code, folder):
     """A fresh interpreter in `folder`, with nothing of this project on its path."""
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    return subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True
+    )
 
 
 def test_dnl_imports_torch_and_the_standard_library_and_only_defines():
     tree = ast.parse((HERE / "dnl.py").read_text())
-    names = [n for node in ast.walk(tree) if isinstance(node, ast.Import) for n in [a.name for a in node.names]]
+    names = [
+        n
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for n in [a.name for a in node.names]
+    ]
     names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     assert {n.split(".")[0] for n in names} - set(sys.stdlib_module_names) == {"torch"}
     allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.Expr)
@@ -628,7 +812,8 @@ def test_dnl_imports_torch_and_the_standard_library_and_only_defines():
 
 def test_importing_dnl_draws_no_random_number_and_changes_no_setting(tmp_path):
     shutil.copy(HERE / "dnl.py", tmp_path)
-    done = run_python(textwrap.dedent("""
+    done = run_python(
+        textwrap.dedent("""
         import torch
         def state():
             return (torch.get_rng_state().tolist(), torch.get_default_dtype(), torch.get_num_threads(),
@@ -637,6 +822,8 @@ def test_importing_dnl_draws_no_random_number_and_changes_no_setting(tmp_path):
         import dnl
         if state() != before:
             raise SystemExit("changed")
-    """), tmp_path)
+    """),
+        tmp_path,
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert {p.name for p in tmp_path.iterdir()} <= {"dnl.py", "__pycache__"}
