@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import ranks
 from PIL import Image
 
 import data
 import evaluate
-from helpers import ranks
+import pictures
+import runtime
 
 
 def test_confusion_and_scores():
@@ -63,31 +65,31 @@ class Linear(torch.nn.Module):
 
 
 def test_the_table_tells_of_classes_that_are_nowhere():
-    lines = evaluate.table(
+    lines = evaluate.iou_table(
         {"iou": [0.5, None], "miou": 0.5, "accuracy": 0.75}, ("road", "car")
     ).splitlines()
     assert [line.split() for line in lines[1:3]] == [
         ["road", "50.00"],
         ["car", "-"],
     ] and "not in the mean" in lines[-1]
-    assert "not in the mean" not in evaluate.table(
+    assert "not in the mean" not in evaluate.iou_table(
         {"iou": [0.5], "miou": 0.5, "accuracy": 0.75}, ("road",)
     )
 
 
 @pytest.mark.parametrize("size", [10, 14, 24])
 def test_titles_are_cut_to_their_picture(size):
-    font = evaluate.load_font(size)
+    font = pictures.load_font(size)
     for text in ("", "short", "a very long name of a checkpoint in a folder, best.pt"):
-        cut = evaluate.fit(text, font, 120)
+        cut = pictures.shorten(text, font, 120)
         assert font.getlength(cut) <= 120 and (
             cut == text or cut.endswith("...") and text.startswith(cut[:-3])
         )
     row = [[Image.new("RGB", (50, 50))] * 2]
-    long = evaluate.sheet(row, ("x" * 300, "b"), ("c" * 300, "d"), ((1, 2, 3), (4, 5, 6)), 150)
+    long = pictures.sheet(row, ("x" * 300, "b"), ("c" * 300, "d"), ((1, 2, 3), (4, 5, 6)), 150)
     assert (
         long.size
-        == evaluate.sheet(row, ("x" * 200, "b"), ("c" * 200, "d"), ((1, 2, 3), (4, 5, 6)), 150).size
+        == pictures.sheet(row, ("x" * 200, "b"), ("c" * 200, "d"), ((1, 2, 3), (4, 5, 6)), 150).size
     )
     second = np.asarray(long)[:22, 6 + 150 :]  # the gap, and the second title
     assert (second[:, :6] == 255).all() and (second < 128).any()
@@ -177,7 +179,7 @@ def test_split_without_ground_truth(run_folder, street, tmp_path):
     root = tmp_path / "data"
     shutil.copytree(street, root)
     (root / "images" / "val").rename(root / "images" / "test")
-    with pytest.raises(data.InputError, match="no ground truth"):
+    with pytest.raises(runtime.InputError, match="no ground truth"):
         evaluate.main([str(run_folder / "last.pt"), "--root", str(root), "--split", "test"])
 
 
