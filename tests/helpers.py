@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+import check
 import checkpoint
 import data
 import dnl
@@ -79,7 +80,7 @@ def noise(h, w, seed=0, channels=3):
 
 
 def report_of(capsys, *args):
-    status = data.main(["check", *map(str, args), "--workers", "0", "--json"])
+    status = check.main([*map(str, args), "--workers", "0", "--json"])
     return status, json.loads(capsys.readouterr().out.splitlines()[-1])
 
 

@@ -22,8 +22,8 @@ import data
 import pictures
 import recipe
 import runtime
-from runtime import InputError
 from dnl import PAPER, build
+from runtime import InputError
 
 # CASES of each kind, drawn from (kind, number of the case) alone: `FAULT_CASES=20000 python -m pytest -s -k mutated` runs more
 # and tells the counts. A case is refused by one line that names the file, or its result is one that the test computes itself.
