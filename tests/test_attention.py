@@ -1,17 +1,19 @@
-"""predict.py --attention: the maps are the paper's rows; their colours, sheets and pages."""
+"""attention.py: the maps are the paper's rows; their colours, sheets and pages."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from helpers import CPU, blocks, files, make_checkpoint, predicted
 from PIL import Image
 
+import attention
 import dnl
-import evaluate
+import pictures
 import predict
-from data import InputError
-from helpers import CPU, blocks, files, make_checkpoint, predicted
+from checkpoint import load_network
+from runtime import InputError
 
 
 def lightness(rgb):
@@ -23,11 +25,11 @@ def lightness(rgb):
 
 def test_equal_steps_of_attention_are_equal_steps_of_lightness():
     steps = np.linspace(0, 1, 33)
-    assert np.abs(lightness(predict.heat(steps)) - (15 + 80 * steps)).max() < 1.5
+    assert np.abs(lightness(pictures.heat(steps)) - (15 + 80 * steps)).max() < 1.5
 
 
 def test_attention_maps_are_the_papers_rows(checkpoint):
-    net, _ = evaluate.load_network(checkpoint, CPU)
+    net, _ = load_network(checkpoint, CPU)
     image = torch.from_numpy(blocks(65, 97)).permute(2, 0, 1)
     mean, std = (
         torch.tensor(v).view(3, 1, 1) for v in ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
@@ -53,39 +55,40 @@ def test_attention_maps_are_the_papers_rows(checkpoint):
                         retained[y, x] += (
                             (q[:, y, x] * k[:, v, u]).sum().sigmoid() * a[v, u] * gate[v, u]
                         )
-        maps = predict.attention_maps(net, image, pixel)
+        maps = attention.attention_maps(net, image, pixel)
         assert list(maps) == ["A", "A' (after GR)", "A'' (after LR)", "P_class"]
         for got, expected in zip(maps.values(), (a, a * gate, retained, gate)):
             torch.testing.assert_close(got.double(), expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    "parts, maps", [(dict(context="nl"), ["A"]), (dict(gr=False), ["A", "A'' (after LR)"])]
+    "parts, maps", [({"context": "nl"}, ["A"]), ({"gr": False}, ["A", "A'' (after LR)"])]
 )
 def test_attention_maps_of_parts_that_a_network_lacks_are_left_out(parts, maps):
     net = dnl.build(
         replace(dnl.PAPER, num_classes=2, backbone="resnet18", channels=16, **parts)
     ).eval()
     assert (
-        list(predict.attention_maps(net, torch.zeros(3, 33, 33, dtype=torch.uint8), (0, 0))) == maps
+        list(attention.attention_maps(net, torch.zeros(3, 33, 33, dtype=torch.uint8), (0, 0)))
+        == maps
     )
 
 
 def test_attention_is_brightest_at_the_maximum():
     values = torch.zeros(4, 6)
     values[2, 5] = 1e-7  # maps of many pixels are small: each is scaled by its own maximum
-    out = np.asarray(predict.overlay_map(Image.new("RGB", (91, 61), "black"), values))
+    out = np.asarray(attention.overlay_map(Image.new("RGB", (91, 61), "black"), values))
     assert out.shape == (61, 91, 3)
     assert tuple(np.unravel_index(out.sum(2).argmax(), (61, 91))) == (40, 90)
-    assert np.abs(out[40, 90] - 0.7 * np.array(predict.HEAT[-1])).max() <= 0.5
-    assert np.abs(out[0, 0] - 0.7 * np.array(predict.HEAT[0])).max() <= 0.5
+    assert np.abs(out[40, 90] - 0.7 * np.array(pictures.HEAT[-1])).max() <= 0.5
+    assert np.abs(out[0, 0] - 0.7 * np.array(pictures.HEAT[0])).max() <= 0.5
 
 
 @pytest.mark.parametrize("pixel", [(10, 50), (0, 0), (89, 60)])
 def test_attention_sheet_marks_the_pixel_in_every_picture(checkpoint, pixel):
-    net, _ = evaluate.load_network(checkpoint, CPU)
+    net, _ = load_network(checkpoint, CPU)
     image = torch.from_numpy(blocks(61, 90)).permute(2, 0, 1)
-    out = predict.attention_sheet([predict.attention_row(net, image, pixel, "", 900)])
+    out = attention.attention_sheet([attention.attention_row(net, image, pixel, "", 900)])
     width = (900 - 6) // 5 - 6
     assert abs(out.width - 900) <= 5
     green = (np.asarray(out) == (0, 255, 0)).all(2)
@@ -102,7 +105,7 @@ def test_attention_page_by_tiles_and_outside(checkpoint, photo, tmp_path, capsys
     assert predicted(checkpoint, photo, "--out", tmp_path / "p", "--attention", "56,39") == 1
     assert "photo.png: pixel 56,39 is outside of the image of 56x40" in capsys.readouterr().err
     assert files(tmp_path / "p") == ["photo.png", "photo_overlay.png"]
-    net, _ = evaluate.load_network(checkpoint, CPU)
+    net, _ = load_network(checkpoint, CPU)
     image = torch.from_numpy(blocks(40, 56)).permute(2, 0, 1)
     rows, columns = slice(16, 40), slice(33, 56)  # the lower right of six tiles
     whole, tiled, part = (
