@@ -4,11 +4,11 @@ import os
 
 import numpy as np
 import pytest
+from helpers import RNG, Stub, blocks, make_checkpoint, make_street, noise, save, trained
 from PIL import Image
 
 import dnl
 from data import IGNORE
-from helpers import RNG, Stub, blocks, make_checkpoint, make_street, noise, save, trained
 
 
 @pytest.fixture

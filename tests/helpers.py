@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+import checkpoint
 import data
 import dnl
-import evaluate
 import predict
+import runtime
 import train
 from data import palette
 
@@ -64,7 +65,7 @@ def run_python(code, folder):
 def status_of(main, *args):
     """The exit status of a script whose main this is."""
     with pytest.raises(SystemExit) as e:
-        data.run_script(lambda: main([*map(str, args)]))
+        runtime.run_script(lambda: main([*map(str, args)]))
     return e.value.code
 
 
@@ -163,7 +164,7 @@ def forked(main, *argv, said=os.devnull, rank=0, world=1, port=0):
             MASTER_PORT=str(port),
         )
         sys.stdout = sys.stderr = open(said, "w", buffering=1)
-        data.run_script(lambda: main([*map(str, argv)]))
+        runtime.run_script(lambda: main([*map(str, argv)]))
 
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
@@ -234,7 +235,7 @@ def make_checkpoint(path, classes, data="folder", root=None, context="dnl"):
     nn.init.normal_(net.head[-1].weight, std=3.0)  # several classes in an image
     torch.save(
         {
-            "version": evaluate.VERSION,
+            "version": checkpoint.VERSION,
             "model": net.state_dict(),
             "config": asdict(config),
             "data": data,

@@ -7,10 +7,10 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 import pytest
 import torch
+from helpers import halve, noise, save
 
 import data
-from data import InputError
-from helpers import halve, noise, save
+from runtime import InputError
 
 
 def test_cache_holds_the_same_samples(folder, tmp_path):

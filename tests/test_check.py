@@ -6,10 +6,10 @@ import zlib
 
 import numpy as np
 import pytest
+from helpers import IMAGE, LABEL, RNG, halve, noise, report_of, save, script, status_of
 
 import data
-from data import InputError
-from helpers import IMAGE, LABEL, RNG, halve, noise, report_of, save, script, status_of
+from runtime import InputError
 
 
 def test_warns_of_0_255_masks(folder, capsys):

@@ -11,15 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-
-import data
-import dnl
-import evaluate
-import hubconf
-import train
-from data import IGNORE, InputError
-from dnl import PAPER, RELEASED, build
 from helpers import (
     CPU,
     ROOT,
@@ -32,25 +23,40 @@ from helpers import (
     script,
     trained,
 )
+from PIL import Image
+
+import checkpoint
+import dnl
+import evaluate
+import hubconf
+import recipe
+import run
+import runtime
+import train
+from data import IGNORE
+from runtime import InputError
+from dnl import PAPER, RELEASED, build
 
 SMALL = dict(backbone="resnet18", channels=16, num_classes=5)
 
 
 def test_the_backbone_of_a_checkpoint_loads(run_folder, street, tmp_path):
     """Fine-tuning: the network of another training, whatever its classes, lends its backbone."""
-    args = train.parse([*TINY, "--root", str(street), "--weights", str(run_folder / "last.pt")], 1)
+    args = recipe.parse_training(
+        [*TINY, "--root", str(street), "--weights", str(run_folder / "last.pt")], 1
+    )
     net, state = (
         build(replace(PAPER, **SMALL)),
         torch.load(run_folder / "last.pt", weights_only=True)["model"],
     )
-    train.read_backbone(net, args)
+    run.fill_backbone(net, args)
     assert all(torch.equal(t, state[f"backbone.{k}"]) for k, t in net.backbone.state_dict().items())
     args.backbone = "resnet34"
     with pytest.raises(
         InputError,
         match=r"last\.pt does not fit: missing: layer1\.2\.conv1\.weight, .* and [0-9]+ more",
     ):
-        train.read_backbone(build(replace(PAPER, **SMALL | {"backbone": "resnet34"})), args)
+        run.fill_backbone(build(replace(PAPER, **SMALL | {"backbone": "resnet34"})), args)
 
 
 def test_torch_hub_lists_explains_and_loads(run_folder, tmp_path):
@@ -92,7 +98,7 @@ def test_own_context_is_named_again(street, tmp_path):
     flags = ("--context", "paper.peers:nl", "--epochs", 1)
     assert trained(tmp_path / "r", street, *flags) == 0
     checkpoint = str(tmp_path / "r" / "last.pt")
-    with pytest.raises(data.InputError, match="name it again"):
+    with pytest.raises(runtime.InputError, match="name it again"):
         evaluate.main([checkpoint])
     assert evaluate.main([checkpoint, "--context", "paper.peers:nl"]) == 0
 
@@ -103,8 +109,8 @@ def test_malicious_pickle_does_nothing(tmp_path):
             return Path.touch, (tmp_path / "touched",)
 
     torch.save({"version": 1, "model": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(data.InputError, match="evil.pt"):
-        evaluate.read_checkpoint(tmp_path / "evil.pt")
+    with pytest.raises(runtime.InputError, match="evil.pt"):
+        checkpoint.read_checkpoint(tmp_path / "evil.pt")
     assert not (tmp_path / "touched").exists()
 
 
@@ -123,8 +129,8 @@ def test_damaged_checkpoint_falls_back_to_the_previous(run_folder, street, tmp_p
         flipped[at] ^= 4
         (tmp_path / "x.pt").write_bytes(flipped)
         try:
-            evaluate.read_checkpoint(tmp_path / "x.pt")
-        except data.InputError:
+            checkpoint.read_checkpoint(tmp_path / "x.pt")
+        except runtime.InputError:
             continue
         assert same_state(tmp_path / "x.pt", run_folder / "last.pt")
 
@@ -174,16 +180,19 @@ def broken_fields(state):
 
 def test_a_checkpoint_that_no_run_wrote_is_refused(run_folder, street, tmp_path):
     """By restore, in one line with the file's name; each case without its change goes on."""
-    args = train.parse([*TINY, "--root", str(street), "--out", str(tmp_path / "r")], 1)
-    run, whole = train.setup(args, 0, 1, CPU), torch.load(run_folder / "last.pt", weights_only=True)
+    args = recipe.parse_training([*TINY, "--root", str(street), "--out", str(tmp_path / "r")], 1)
+    run, whole = (
+        run.start_run(args, 0, 1, CPU),
+        torch.load(run_folder / "last.pt", weights_only=True),
+    )
     args.out.mkdir()
     for change in broken_fields(whole):
         torch.save(whole | change, args.out / "last.pt")
-        with pytest.raises(data.InputError, match="last.pt") as e:
-            train.restore(run)
+        with pytest.raises(runtime.InputError, match="last.pt") as e:
+            run.restore(run)
         assert "\n" not in str(e.value), change
     torch.save(whole, args.out / "last.pt")
-    train.restore(run)
+    run.restore(run)
     assert run.step == 6 and run.history == whole["history"]
 
 
@@ -231,7 +240,7 @@ def test_a_checkpoint_of_version_1_still_loads(street, tmp_path, capsys, stub):
     capsys.readouterr()
     assert trained(tmp_path / "r", street, *FLAGS_1, "--resume", VERSION_1) == 0
     assert "version1.pt at step 32 of 36" in capsys.readouterr().out
-    ended = evaluate.read_checkpoint(tmp_path / "r" / "last.pt")
+    ended = checkpoint.read_checkpoint(tmp_path / "r" / "last.pt")
     assert (
         ended["step"] == 36
         and len(ended["history"]) == 12

@@ -11,13 +11,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers import IMAGE, LABEL, RNG, batches, halve, noise, report_of, save, status_of
 from PIL import Image
 
+import check
 import data
+import recipe
+import synthetic
 import train
-from data import IGNORE, InputError
-from helpers import IMAGE, LABEL, RNG, batches, halve, noise, report_of, save, status_of
-
+from data import IGNORE
+from runtime import InputError
 
 # ---- data sets
 
@@ -33,7 +36,7 @@ def test_classes_and_settings():
         "flag",
     ]
     assert len(set(data.palette(255))) == 255 and min(map(min, data.palette(255))) >= 0
-    city, ade = data.SETTINGS["cityscapes"], data.SETTINGS["ade20k"]
+    city, ade = recipe.SETTINGS["cityscapes"], recipe.SETTINGS["ade20k"]
     assert (city.lr, city.weight_decay, city.crop, city.batch, city.epochs, city.channels) == (
         1e-2,
         5e-4,
@@ -120,7 +123,7 @@ def test_folder(folder, capsys):
         report["splits"]["train"]["ignored"] == truth[255]
         and report["splits"]["test"]["pairs"] == 1
     )
-    assert data.check("folder", folder, workers=2) == report  # processes change nothing
+    assert check.check("folder", folder, workers=2) == report  # processes change nothing
     assert status_of(data.main, "check", "--data", "folder", "--root", folder, "--workers", 0) == 0
     out = capsys.readouterr()
     assert (
@@ -131,13 +134,13 @@ def test_folder(folder, capsys):
 
 
 def test_class_weights():
-    weights = data.class_weights(np.array([900, 100, 0]))  # shares 0.9 and 0.1
+    weights = check.class_weights(np.array([900, 100, 0]))  # shares 0.9 and 0.1
     assert (
         np.allclose(weights[:2] @ [0.9, 0.1], 1)
         and np.isclose(weights[1] / weights[0], 3)
         and weights[2] == 1
     )
-    assert data.class_weights(np.zeros(2)).tolist() == [1, 1]
+    assert check.class_weights(np.zeros(2)).tolist() == [1, 1]
 
 
 # ---- files to arrays
@@ -504,7 +507,7 @@ def test_evaluation_reads_each_image_once(world, folder):
     dataset = scenes(4, "val")
     for rank in range(world):
         for index, image, label in data.eval_images(dataset, rank, world, workers=rank):
-            truth = data.scene("val", index)
+            truth = synthetic.scene("val", index)
             assert (image.permute(1, 2, 0).numpy() == truth[0]).all() and (
                 label.numpy() == truth[1]
             ).all()
@@ -528,9 +531,9 @@ def test_scenes(capsys):
         for s in ("train", "val", "test")
         for i in (0, 1)
     ]
-    assert len(set(images)) == 6 and data.scene("val", 1)[0].tobytes() == images[3]
+    assert len(set(images)) == 6 and synthetic.scene("val", 1)[0].tobytes() == images[3]
     present = np.mean(
-        [np.bincount(data.scene("train", i)[1].ravel(), minlength=8) > 0 for i in range(60)], 0
+        [np.bincount(synthetic.scene("train", i)[1].ravel(), minlength=8) > 0 for i in range(60)], 0
     )
     assert len(present) == 8 and present.min() > 0.6
 
@@ -540,7 +543,7 @@ def test_colour_alone_does_not_tell_the_class(radius):
     """The nearest class-mean colour, of the pixel or of its surroundings, fitted on train."""
 
     def colours(index, split):
-        image, label = data.scene(split, index)
+        image, label = synthetic.scene(split, index)
         pixels = torch.from_numpy(image).permute(2, 0, 1).double()
         mean = torch.nn.functional.avg_pool2d(
             pixels, 2 * radius + 1, 1, radius, count_include_pad=False

@@ -13,14 +13,17 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
+from helpers import RNG, noise, save
 from PIL import Image, ImageOps
 from torch import nn
 
+import checkpoint
 import data
-import evaluate
-from data import InputError
+import pictures
+import recipe
+import runtime
+from runtime import InputError
 from dnl import PAPER, build
-from helpers import RNG, noise, save
 
 # CASES of each kind, drawn from (kind, number of the case) alone: `FAULT_CASES=20000 python -m pytest -s -k mutated` runs more
 # and tells the counts. A case is refused by one line that names the file, or its result is one that the test computes itself.
@@ -415,7 +418,7 @@ def small_checkpoint(seed):
     for tensor in net.state_dict().values():
         tensor.copy_(torch.rand(tensor.shape) + 0.5)
     return {
-        "version": evaluate.VERSION,
+        "version": checkpoint.VERSION,
         "model": dict(net.state_dict()),
         "optimizer": {"state": {0: torch.rand(3)}, "lr": 0.1},
         "config": asdict(net.config),
@@ -588,13 +591,13 @@ def usable(net, checkpoint, case):
         n.isprintable() for n in names
     ), case
     assert (
-        evaluate.colorize(np.zeros((2, 2), np.uint8), colors).mode == "P"
-        and evaluate.AMP.get(checkpoint["amp"], 0) != 0
+        pictures.colorize(np.zeros((2, 2), np.uint8), colors).mode == "P"
+        and runtime.AMP.get(checkpoint["amp"], 0) != 0
     ), case
     with torch.inference_mode():
         out = net(torch.rand(1, 3, 33, 40))
     assert out.shape == (1, len(names), 33, 40) and out.isfinite().all(), case
-    assert checkpoint["data"] in data.SETTINGS and (
+    assert checkpoint["data"] in recipe.SETTINGS and (
         checkpoint["root"] is None or isinstance(checkpoint["root"], str)
     ), case
 
@@ -641,7 +644,7 @@ def test_mutated_checkpoints(tmp_path, monkeypatch, stub):
                 else spoiled(rng, whole[0])
             ]
             torch.save(legal[0], path)
-        got = refused(lambda: evaluate.load_network(path, torch.device("cpu")), path, case)
+        got = refused(lambda: checkpoint.load_network(path, torch.device("cpu")), path, case)
         counts["refused" if got is None else "correct"] += 1
         assert got is not None or number % 30, case  # the file as it was written
         if got is not None:

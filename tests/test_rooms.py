@@ -6,7 +6,6 @@ import shutil
 import sys
 
 import pytest
-
 from helpers import ROOT, run_python
 
 

@@ -16,13 +16,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import CPU, ROOT, TINY, forked, ranks, same_run, same_state, trained
 from PIL import Image
 
+import checkpoint
 import data
 import evaluate
+import recipe
+import run
+import runtime
 import train
-from data import InputError
-from helpers import CPU, ROOT, TINY, forked, ranks, same_run, same_state, trained
+from runtime import InputError
 
 
 def test_a_run_leaves_its_four_files(run_folder):
@@ -184,7 +188,7 @@ class Full:
         raise OSError(28, "No space left on device")
 
 
-write = data.write
+write = runtime.write
 
 
 def test_full_disk_at_each_write(street, tmp_path, monkeypatch, capsys, stub):
@@ -365,7 +369,7 @@ def test_two_ranks_stopped_and_killed_are_the_uninterrupted_two(street, tmp_path
 
 def test_killed_while_validating_repeats_only_that(street, tmp_path, monkeypatch, stub):
     assert trained(tmp_path / "whole", street) == 0
-    evaluation, calls = train.evaluate, []
+    evaluation, calls = evaluate.evaluate, []
 
     def dying(*args, **kwargs):
         calls.append(args[0].training)
@@ -380,7 +384,7 @@ def test_killed_while_validating_repeats_only_that(street, tmp_path, monkeypatch
         assert (tmp_path / "r" / "last.prev.pt").exists() == (
             step == 6
         )  # a repetition leaves the checkpoint before where it is
-        saved = evaluate.read_checkpoint(tmp_path / "r" / "last.pt")
+        saved = checkpoint.read_checkpoint(tmp_path / "r" / "last.pt")
         assert saved["step"] == step and len(saved["history"]) == step // 3 - 1
     assert trained(tmp_path / "r", street) == 0 and len(calls) == 5
     assert same_run(tmp_path / "whole", tmp_path / "r")
@@ -423,7 +427,7 @@ def test_a_signal_while_validating_stops_every_rank_at_the_image(
         code == 128 + s and f"rank {r}: stopped by {s.name} at step 3, saved" in line
         for r, (code, line, s) in enumerate(told)
     ), text
-    saved = evaluate.read_checkpoint(tmp_path / "r" / "last.pt")
+    saved = checkpoint.read_checkpoint(tmp_path / "r" / "last.pt")
     assert saved["step"] == 3 and not saved["history"]
     monkeypatch.setattr(evaluate, "predict", prediction)
     assert ranks(world, train.main, *flags, said=tmp_path / "said")[0] == [0] * world and same_run(
@@ -495,7 +499,7 @@ def test_the_best_that_a_full_disk_lost_is_not_told_as_best(
     assert trained(tmp_path / "r", street, "--epochs", 3) == 0
     assert "best.pt (mIoU 0.4000)" in capsys.readouterr().out
     best, last = (
-        evaluate.read_checkpoint(tmp_path / "r" / name) for name in ("best.pt", "last.pt")
+        checkpoint.read_checkpoint(tmp_path / "r" / name) for name in ("best.pt", "last.pt")
     )
     assert best["step"] == 6 and best["best"] == last["best"] == 0.4
 
@@ -548,7 +552,7 @@ def test_two_trainings_in_one_folder(street, tmp_path, stub):
         while not (tmp_path / "r" / "last.pt").exists():
             assert first.is_alive()
             time.sleep(0.05)
-        with pytest.raises(data.InputError, match="another training is writing"):
+        with pytest.raises(runtime.InputError, match="another training is writing"):
             trained(tmp_path / "r", street, "--epochs", 2000)
     finally:
         first.kill()
@@ -557,17 +561,17 @@ def test_two_trainings_in_one_folder(street, tmp_path, stub):
 
 def test_resume_into_the_folder_of_another_run(run_folder, street, tmp_path, stub):
     assert trained(tmp_path / "r", street, "--seed", 5, "--epochs", 1) == 0
-    with pytest.raises(data.InputError, match="holds a run of other settings"):
+    with pytest.raises(runtime.InputError, match="holds a run of other settings"):
         trained(tmp_path / "r", street, "--resume", run_folder / "last.pt")
     (tmp_path / "r" / "last.pt").unlink()
     assert trained(tmp_path / "s", street, "--epochs", 2, "--eval-every", 2) == 0
     os.replace(tmp_path / "r" / "best.pt", tmp_path / "s" / "best.pt")
     assert trained(tmp_path / "s", street, "--epochs", 2, "--eval-every", 2) == 0
-    args = train.parse(
+    args = recipe.parse_training(
         [*TINY, "--root", str(street), "--out", str(tmp_path / "s"), "--eval-every", "2"], 1
     )
-    run = train.setup(args, 0, 1, CPU)
-    train.restore(run)
+    run = run.start_run(args, 0, 1, CPU)
+    run.restore(run)
     assert run.step == 6 and run.best is None  # that best.pt is another run's
 
 

@@ -11,12 +11,11 @@ from datetime import timedelta
 
 import pytest
 import torch
-
-import data
-import evaluate
-import train
-from data import InputError
 from helpers import ROOT, TINY, forked, free_port, ranks, script, status_of
+
+import runtime
+import train
+from runtime import InputError
 
 
 def test_exit_status_and_one_line(street, tmp_path):
@@ -50,7 +49,7 @@ def test_an_environment_that_is_not_torchruns(monkeypatch, environment, words):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=words):
-        with evaluate.distributed():
+        with runtime.distributed():
             pass
 
 
@@ -133,10 +132,10 @@ def test_a_file_is_on_the_disk_before_it_replaces_another(tmp_path, monkeypatch)
         "fsync",
         lambda fd: seen.append(((tmp_path / "x.part").read_bytes(), (tmp_path / "x").read_bytes())),
     )
-    data.write(tmp_path / "x", lambda f: f.write(b"new"))
+    runtime.write(tmp_path / "x", lambda f: f.write(b"new"))
     assert seen == [(b"new", b"old")] and (tmp_path / "x").read_bytes() == b"new"
     with pytest.raises(ZeroDivisionError):
-        data.write(tmp_path / "x", lambda f: f.write(b"half") / 0)
+        runtime.write(tmp_path / "x", lambda f: f.write(b"half") / 0)
     assert (tmp_path / "x").read_bytes() == b"new" and os.listdir(tmp_path) == ["x"]
 
 
@@ -144,7 +143,7 @@ def test_a_rank_gives_up_one_that_hangs(tmp_path):
     """Within the timeout, here 2 s in place of 10 minutes; torchrun then ends the others."""
 
     def main(argv):
-        with evaluate.distributed(timedelta(seconds=2)) as (rank, world, device):
+        with runtime.distributed(timedelta(seconds=2)) as (rank, world, device):
             time.sleep(20 * rank)
             torch.distributed.all_reduce(torch.ones(1))
 

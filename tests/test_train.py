@@ -16,19 +16,24 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import ROOT, TINY, batches, free_port, gap, ranks, run_python, same_run, trained
 
+import check
 import data
 import dnl
 import evaluate
+import recipe
+import runtime
 import train
-from data import IGNORE, InputError
-from helpers import ROOT, TINY, batches, free_port, gap, ranks, run_python, same_run, trained
+from data import IGNORE
+from run import Run, connect, start_run
+from runtime import InputError
 
 
 def test_poly_schedule():
-    assert [train.rate(s, 4, 1.0) for s in range(5)] == [1, 0.75, 0.5, 0.25, 0]
-    assert train.rate(30, 100) == pytest.approx(0.7**0.9)
-    assert [train.rate(s, 10**9, 0.9, 3) for s in range(5)] == pytest.approx(
+    assert [recipe.rate(s, 4, 1.0) for s in range(5)] == [1, 0.75, 0.5, 0.25, 0]
+    assert recipe.rate(30, 100) == pytest.approx(0.7**0.9)
+    assert [recipe.rate(s, 10**9, 0.9, 3) for s in range(5)] == pytest.approx(
         [0.25, 0.5, 0.75, 1, 1]
     )
 
@@ -43,14 +48,14 @@ def test_losses_are_plain_cross_entropy(weighted):
     labelled = (
         float(weight[label[label < 255].long()].sum()) if weighted else float((label < 255).sum())
     )
-    ours = train.losses([logits], label, labelled, weight)[0]
+    ours = recipe.losses([logits], label, labelled, weight)[0]
     whole = torch.nn.functional.interpolate(logits, (17, 23), mode="bilinear", align_corners=True)
     plain = torch.nn.functional.cross_entropy(whole, label.long(), weight, ignore_index=255)
     assert ours.item() == pytest.approx(plain.item(), rel=1e-12)
     g, h = (torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (ours, plain))
     assert (g - h).abs().max() < 1e-14
     assert (
-        train.losses([logits], torch.full_like(label, 255), 0.0)[0] == 0
+        recipe.losses([logits], torch.full_like(label, 255), 0.0)[0] == 0
     )  # nothing labelled: no NaN
 
 
@@ -64,7 +69,7 @@ def test_loss_keeps_one_image_of_logits():
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: saved.append(t.numel()) or t, lambda t: t
     ):
-        train.pixel_losses(logits, label).sum().backward()
+        recipe.pixel_losses(logits, label).sum().backward()
     assert sum(saved) < 2 * 5 * 64 * 64
 
 
@@ -72,12 +77,12 @@ def test_hardest_pixels():
     rng = np.random.default_rng(0)
     p = rng.random((2, 20, 30))  # of the true class
     for at_least in (10, 300, 900, 10**6):
-        hard = train.hardest(torch.from_numpy(-np.log(p)), 0.7, at_least).numpy()
+        hard = recipe.ohem_mask(torch.from_numpy(-np.log(p)), 0.7, at_least).numpy()
         enough = (p < 0.7).sum() >= at_least
         expected = p < 0.7 if enough else p <= np.sort(p.ravel())[min(at_least, p.size) - 1]
         assert (hard == expected).all()
     ignored = torch.zeros(1, 4, 4)
-    assert not train.hardest(ignored, 0.7, 3).any()
+    assert not recipe.ohem_mask(ignored, 0.7, 3).any()
 
 
 def gradients(rank, world, port, dtype, accumulate, out):
@@ -90,7 +95,7 @@ def gradients(rank, world, port, dtype, accumulate, out):
     torch.manual_seed(0)
     net = dnl.build(replace(dnl.PAPER, num_classes=3, backbone="resnet18", channels=8)).to(dtype)
     torch.nn.init.constant_(net.context.gamma, 0.5)
-    set_train = train.set_mode(net, False)
+    set_train = recipe.set_mode(net, False)
     for m in set_train.modules():
         if isinstance(m, torch.nn.BatchNorm2d):
             m.eval()
@@ -102,26 +107,29 @@ def gradients(rank, world, port, dtype, accumulate, out):
             kept.update({k: p.grad.clone() for k, p in net.named_parameters()})
 
     args = argparse.Namespace(
-        **vars(train.parse(["--batch", "4", "--accumulate", str(accumulate), "--amp", "off"], 1))
+        **vars(
+            recipe.parse_training(
+                ["--batch", "4", "--accumulate", str(accumulate), "--amp", "off"], 1
+            )
+        )
     )
-    weights = torch.ones(3)
     optimizer = Keep([{"params": list(net.parameters()), "factor": 1.0}], 0.1)
     dataset = data.open_dataset("synthetic", None, "train")
-    run = train.Run(
-        args,
-        dataset,
-        dataset,
-        net,
-        net,
-        optimizer,
-        torch.amp.GradScaler("cpu", enabled=False),
-        rank,
-        world,
-        torch.device("cpu"),
-        weights,
+    run = Run(
+        args=args,
+        data=dataset,
+        val=dataset,
+        net=net,
+        model=net,
+        optimizer=optimizer,
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        rank=rank,
+        world=world,
+        device=torch.device("cpu"),
+        weights=torch.ones(3),
         sums=torch.zeros(3, dtype=torch.float64),
     )
-    train.connect(run)
+    connect(run)
     g = torch.Generator().manual_seed(1)
     images, labels = (
         torch.randint(0, 256, (4, 3, 40, 40), generator=g).byte(),
@@ -130,12 +138,12 @@ def gradients(rank, world, port, dtype, accumulate, out):
     labels[0], labels[1, 5:], labels[3, :, 3:] = 255, 255, 255
     own = slice(rank * 4 // world, (rank + 1) * 4 // world)
     batch = [images[own], labels[own], torch.tensor([[1.1, 0.9, 1.2, 0.02]]).repeat(4, 1)[own]]
-    labelled = train.over_ranks(run, [train.count_labelled(run, batch[1])])[0]
+    labelled = runtime.sum_over_ranks([train.count_labelled(run, batch[1])])[0]
     share = train.train_step(run, batch, labelled)
     if rank == 0:
         torch.save([kept, share], out)
     if world > 1:
-        time.sleep(0.1)  # as in evaluate.distributed
+        time.sleep(0.1)  # as in runtime.distributed
         torch.distributed.destroy_process_group()
 
 
@@ -194,65 +202,39 @@ BAD = {  # flags: what the one line must hold
 
 @pytest.mark.parametrize("flags", BAD)
 def test_what_cannot_be_trained_is_one_line(street, tmp_path, flags):
-    with pytest.raises(data.InputError) as e:
+    with pytest.raises(InputError) as e:
         trained(tmp_path / "r", street, *flags.split())
     assert BAD[flags] in str(e.value) and "\n" not in str(e.value)
 
 
 def test_notes_where_the_papers_recipe_is_left():
-    told = train.notes(train.parse(["--data", "cityscapes", "--batch", "4"], 1))
+    told = recipe.recipe_warnings(
+        recipe.parse_training(["--data", "cityscapes", "--batch", "4"], 1)
+    )
     assert len(told) == 2 and "8" in told[0] and "imagenet" in told[1]
-    assert not train.notes(train.parse(["--data", "ade20k", "--weights", "imagenet"], 1))
-
-
-def test_other_settings_are_refused_by_name(run_folder, street):
-    with pytest.raises(data.InputError, match=r"lr 0.01 -> 0.5.*--out"):
-        trained(run_folder, street, "--lr", 0.5)
-
-
-def test_gradient_that_is_not_finite_is_left_out(street, tmp_path, monkeypatch, stub):
-    """A finite loss with an infinite gradient in step 2: with --skip-nonfinite, step 3 begins from the weights of step 1."""
-    normal, seen = train.part_losses, []
-
-    def broken(run, *rest):
-        losses = normal(run, *rest)
-        seen.append(run.net.head[-1].bias.detach().clone())
-        losses.register_hook(lambda g: g * float("inf") if run.step == 1 else g)
-        return losses
-
-    monkeypatch.setattr(train, "part_losses", broken)
-    assert trained(tmp_path / "r", street, "--skip-nonfinite", 1, "--epochs", 1) == 0
-    line = json.loads((tmp_path / "r" / "log.jsonl").read_text().splitlines()[-1])
-    assert (
-        torch.equal(seen[1], seen[2])
-        and not torch.equal(seen[0], seen[1])
-        and line["skipped"] == 1
-        and 0.5 < line["loss"] < 2
+    assert not recipe.recipe_warnings(
+        recipe.parse_training(["--data", "ade20k", "--weights", "imagenet"], 1)
     )
 
 
-@pytest.mark.parametrize("skip", [0, 2, 99])
-def test_loss_that_is_not_finite(street, tmp_path, monkeypatch, skip, capsys, stub):
-    """Step 4's images are made infinite: the run stops and names them, or leaves the step out."""
+def test_other_settings_are_refused_by_name(run_folder, street):
+    with pytest.raises(InputError, match=r"lr 0.01 -> 0.5.*--out"):
+        trained(run_folder, street, "--lr", 0.5)
+
+
+def test_loss_that_is_not_finite(street, tmp_path, monkeypatch, stub):
+    """Step 4's images are made infinite: the run stops and names them, and the checkpoint of step 3 stays."""
     normal = train.part_losses
 
     def broken(run, x, y, labelled):
         return normal(run, x * float("inf") if run.step == 3 else x, y, labelled)
 
     monkeypatch.setattr(train, "part_losses", broken)
-    if skip:
-        assert trained(tmp_path / "r", street, "--skip-nonfinite", skip) == 0
-    else:
-        with pytest.raises(
-            data.InputError,
-            match=r"step 4, rank 0: the loss is not finite; images .*train/\d+\.png",
-        ):
-            trained(tmp_path / "r", street)
+    line = r"step 4, rank 0: the loss is not finite; images .*train/\d+\.png"
+    with pytest.raises(InputError, match=line):
+        trained(tmp_path / "r", street)
     saved = torch.load(tmp_path / "r" / "last.pt", weights_only=True)
-    assert saved["step"] == (6 if skip else 3) and all(
-        t.isfinite().all() for t in saved["model"].values()
-    )
-    assert saved["skipped"] == (1 if skip else 0)
+    assert saved["step"] == 3 and all(t.isfinite().all() for t in saved["model"].values())
 
 
 @pytest.mark.parametrize(
@@ -272,11 +254,11 @@ def test_two_steps_are_eq_5_by_plain_sgd(street, tmp_path, monkeypatch, stub, fl
             {"classes": ["red", "green", "blue"], "splits": {"train": {"weights": [0.5, 1.0, 2.0]}}}
         )
     )
-    args = train.parse(
+    args = recipe.parse_training(
         [*TINY, "--root", str(street), "--aux-weight", "0.3", "--weight-decay", "0.1", *flags], 1
     )
-    run = train.setup(args, 0, 1, torch.device("cpu"))
-    train.set_mode(run.net, args.freeze_bn)
+    run = start_run(args, 0, 1, torch.device("cpu"))
+    recipe.set_mode(run.net, args.freeze_bn)
     net, momenta = deepcopy(run.net), {}
     weight = torch.tensor([0.5, 1.0, 2.0]) if "--class-weights" in flags else None
     for step, batch in enumerate(batches(run.data, batch=4, stop=2, crop=48)):
@@ -311,7 +293,7 @@ def test_ohem_is_the_mean_over_the_hard_pixels_of_all_ranks(
     street, tmp_path, monkeypatch, stub, weighted
 ):
     """Two ranks print the loss of one, which is the mean of the pixels of a loss above 1, weighted where weights are given."""
-    monkeypatch.setattr(train, "hardest", lambda pixels: pixels > 1)
+    monkeypatch.setattr(train, "ohem_mask", lambda pixels: pixels > 1)
     (tmp_path / "w.json").write_text(
         json.dumps(
             {"classes": ["red", "green", "blue"], "splits": {"train": {"weights": [0.5, 1.0, 2.0]}}}
@@ -326,7 +308,7 @@ def test_ohem_is_the_mean_over_the_hard_pixels_of_all_ranks(
         1,
         *(["--class-weights", tmp_path / "w.json"] if weighted else []),
     ]
-    run = train.setup(train.parse([*map(str, flags)], 1), 0, 1, torch.device("cpu"))
+    run = start_run(recipe.parse_training([*map(str, flags)], 1), 0, 1, torch.device("cpu"))
     x, y, factors = next(iter(batches(run.data, batch=4, stop=1, crop=48, seed=1)))
     with torch.no_grad():
         logits = deepcopy(run.net).eval()(data.normalize(data.color_jitter(x, factors)))
@@ -351,7 +333,7 @@ def test_ohem_is_the_mean_over_the_hard_pixels_of_all_ranks(
 
 
 def test_every_rank_scores_with_the_statistics_of_rank_0(street, tmp_path, monkeypatch, stub):
-    evaluation = train.evaluate
+    evaluation = evaluate.evaluate
     monkeypatch.setattr(
         train,
         "evaluate",
@@ -369,7 +351,7 @@ def test_every_rank_scores_with_the_statistics_of_rank_0(street, tmp_path, monke
 def test_beyond_the_paper(street, tmp_path):
     """Every extra at once trains, and is recorded; a weights file is what check prints."""
     weights = tmp_path / "weights.json"
-    weights.write_text(json.dumps(data.check("folder", street)))
+    weights.write_text(json.dumps(check.check("folder", street)))
     flags = (
         "--ohem",
         "--class-weights",
@@ -393,7 +375,7 @@ def test_beyond_the_paper(street, tmp_path):
     try:
         assert trained(tmp_path / "r", street, *flags) == 0
         weights.write_text(re.sub('"weights": .[0-9.]+', '"weights": [1.5', weights.read_text()))
-        with pytest.raises(data.InputError, match="class_weights"):  # of the same name
+        with pytest.raises(InputError, match="class_weights"):  # of the same name
             trained(tmp_path / "r", street, *flags)
     finally:
         torch.use_deterministic_algorithms(False)
@@ -422,7 +404,7 @@ def test_ema_is_the_average():
     expected = mean.weight.detach().clone()
     for _ in range(3):
         torch.nn.init.normal_(net.weight)
-        train.follow(mean, net, 0.75)
+        train.update_ema(mean, net, 0.75)
         expected = 0.75 * expected + 0.25 * net.weight.detach()
     assert torch.allclose(mean.weight, expected)
 
@@ -456,13 +438,11 @@ def test_the_rank_whose_loss_is_not_finite_is_told(street, tmp_path, monkeypatch
         street,
         "--out",
         tmp_path / "r",
-        "--skip-nonfinite",
-        1,
         said=tmp_path / "said",
     )
-    assert status == [2, 2] and "step 2, rank 1: the loss is not finite; images" in texts[1], texts
+    assert status == [2, 2] and "step 1, rank 1: the loss is not finite; images" in texts[1], texts
     assert (
-        "rank 0: stopped, since the loss of another rank is not finite" in texts[0]
+        "rank 0: stopped, because another rank cannot go on" in texts[0]
         and "images/train" not in texts[0]
     ), texts
 
@@ -473,14 +453,14 @@ def test_other_images_of_the_same_number_are_other_settings(run_folder, street, 
     for kind in ("images", "labels"):
         os.replace(root / kind / "train" / "3.png", root / kind / "train" / "new.png")
     shutil.copytree(run_folder, tmp_path / "r")
-    with pytest.raises(data.InputError, match="names [0-9a-f]{8} -> [0-9a-f]{8}"):
+    with pytest.raises(InputError, match="names [0-9a-f]{8} -> [0-9a-f]{8}"):
         trained(tmp_path / "r", root)
 
 
 def test_tensorboard_is_imported_only_when_asked(street, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if it were not installed
     assert trained(tmp_path / "r", street, "--epochs", 1) == 0
-    with pytest.raises(data.InputError, match="pip install tensorboard"):
+    with pytest.raises(InputError, match="pip install tensorboard"):
         trained(tmp_path / "s", street, "--tensorboard")
     assert not (tmp_path / "s").exists()
 
