@@ -76,10 +76,11 @@ def overlay_map(image: Picture, values: Tensor) -> Picture:
     largest = max(float(values.max()), 1e-30)
     size = (image.height, image.width)
     values = dnl.resize(values[None, None], size)
-    colors = heat(values[0, 0].numpy() / largest)
+    colors = heat(values[0, 0].numpy() / largest).astype(np.float32)
     grey = np.asarray(image.convert("L"), np.float32) / 255
-    mixed = 0.7 * colors.astype(np.float32) + 0.3 * 255 * grey[..., None]
-    return Image.fromarray(mixed.round().astype(np.uint8))
+    mixed = 0.7 * colors + 0.3 * 255 * grey[..., None]
+    mixed = mixed.round().astype(np.uint8)
+    return Image.fromarray(mixed)
 
 
 def attention_row(

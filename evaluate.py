@@ -308,8 +308,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(iou_table(result, dataset.classes))
         if args.json:
             result["iou"] = dict(zip(dataset.classes, result["iou"]))
-            settings = {"images": len(dataset), "split": args.split, "amp": amp}
-            print(json.dumps({**result, **settings, "confusion": matrix.tolist()}))
+            result |= {"images": len(dataset), "split": args.split, "amp": amp}
+            result["confusion"] = matrix.tolist()
+            print(json.dumps(result))
     return 0
 
 
