@@ -274,9 +274,6 @@ def evaluate(
     return matrix
 
 
-# ---- the script
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate; rank 0 prints the table. Returns the exit status."""
     parser = Parser(description="mIoU of a checkpoint")
