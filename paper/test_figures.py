@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import data
+import classes
 import runtime
 import synthetic
 from paper import figures
@@ -139,7 +139,7 @@ def test_every_figure_runs(made, monkeypatch):
         made / "c.png",
     )
     truth = Image.fromarray(
-        np.array(data.palette(8), np.uint8)[synthetic.scene("val", 2)[1]]
+        np.array(classes.palette(8), np.uint8)[synthetic.scene("val", 2)[1]]
     ).resize((217, 174), 0)
     cell = np.asarray(compared)[22 + 180 :, 6 + 3 * 223 :][:174, :217]  # second row, fourth column
     assert (cell == np.asarray(truth)).all(2).mean() > 0.8  # all but the boxes' lines
@@ -163,7 +163,7 @@ def test_curves(tmp_path):
     out = np.asarray(
         run("curves", tmp_path / "a", tmp_path / "b" / "log.jsonl", "--out", tmp_path / "c.png")
     )
-    for color in data.palette(2):
+    for color in classes.palette(2):
         assert (
             np.abs(out.astype(int) - color).sum(2) < 12
         ).sum() > 100  # its legend and its points
