@@ -5,11 +5,11 @@ holds these three and computes the rows itself, so it needs no network and no li
 style and script are attention_page.html.
 """
 
-import base64
 import hashlib
 import io
 import json
 import re
+from base64 import b64encode
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,28 +45,30 @@ def attention_html(
     InputError if it cannot be read or has another size.
     """
     layers = {"predicted": ids}
-    note = "the predicted classes, since no label was given"
+    against = "the predicted classes, since no label was given"
     if label is not None:
-        layers["true"] = read_label(label, checkpoint, ids.shape)
-        note = f"the true classes, of {label.name}"
+        layers["true"] = decode_label(label, checkpoint["data"], checkpoint["colors"])
+        H, W = layers["true"].shape
+        if ids.shape != (H, W):
+            expected = f"{ids.shape[1]}x{ids.shape[0]} as the image has"
+            raise InputError(f"{quote(label)}: got {W}x{H} pixels, expected {expected}")
+        against = f"the true classes, of {quote(label.name)}"
     photo = Image.fromarray(image)
     data = network_part(net, photo)
     size = data["size"]
-    data |= {name: encode(labels_at(layer, size)) for name, layer in layers.items()}
-    data["confidence"] = encode(labels_at(confidence, size))
-    small = photo.copy()
-    small.thumbnail((PHOTO, PHOTO), Resampling.BILINEAR)
-    data["photo"] = data_url(small, "JPEG", quality=85)
+    photo.thumbnail((PHOTO, PHOTO), Resampling.BILINEAR)
+    data["photo"] = data_url(photo, "jpeg", quality=85)
+    data["confidence"] = base64(at_positions(confidence, size))
     data["layers"] = {}
     for kind, layer in layers.items():
-        mask = colorize(layer, checkpoint["colors"]).resize(small.size, Resampling.NEAREST)
-        data["layers"][kind] = data_url(mask, "PNG")
+        data[kind] = base64(at_positions(layer, size))
+        mask = colorize(layer, checkpoint["colors"])
+        data["layers"][kind] = data_url(mask.resize(photo.size, Resampling.NEAREST), "png")
+    data |= {key: checkpoint[key] for key in ("classes", "colors")}
     data["heat"] = heat(np.linspace(0, 1, 256)).tolist()
-    data["classes"] = checkpoint["classes"]
-    data["colors"] = checkpoint["colors"]
     data["name"] = name
     data["note"] = (
-        f"Noise is measured against {note}. Inter-class: the part of a map outside the pixel's "
+        f"Noise is measured against {against}. Inter-class: the part of a map outside the pixel's "
         "class. Intra-class: 0 if the map is even over the class, 1 if it is a single pixel."
     )
     return fill_template(data)
@@ -93,58 +95,47 @@ def network_part(net: dnl.Network, photo: Picture) -> dict[str, Any]:
         titles["A''"] = f"A'': after Local Retention, windows of {block.kernel}x{block.kernel}"
     if p is not None:
         titles["P_class"] = "P_class: sigmoid of P·P"
+    matrices = {"q": q, "k": k, "p": p}
     return {
-        "image": [W, H],
+        **{key: None if x is None else encode_matrix(x[0]) for key, x in matrices.items()},
+        "image": (W, H),
         "size": size,
         "kernel": block.kernel,
         "titles": titles,
         "facts": f"{facts}; F {w}x{h}; gamma {block.gamma.item():.3g}.",
-        "q": encode_matrix(q[0]),
-        "k": encode_matrix(k[0]),
-        "p": None if p is None else encode_matrix(p[0]),
     }
 
 
 def encode_matrix(x: Tensor) -> dict[str, Any]:
     """x (R, N) in 24 bits: low + step * code, with a low and a step for each row.
 
-    Of logits up to 1e4, as trained networks have, 16 bits would not leave the maps equal.
+    Logits of trained networks reach 1e4. With 16-bit floats the maps would be off by a tenth.
     """
     values = x.double().cpu().numpy()
     low = values.min(1)
     step = (values.max(1) - low) / (2**24 - 1)
     step[step == 0] = 1  # an even row
     codes = np.rint((values - low[:, None]) / step[:, None]).astype("<u4")
-    three = codes[..., None].view(np.uint8)[..., :3]
-    return {"low": low.tolist(), "step": step.tolist(), "codes": encode(three)}
+    three_bytes = codes[..., None].view(np.uint8)[..., :3]
+    return {"low": low.tolist(), "step": step.tolist(), "codes": base64(three_bytes)}
 
 
-def encode(array: np.ndarray) -> str:
-    """The bytes of an array in base64."""
-    return base64.b64encode(array.tobytes()).decode()
+def at_positions(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """x (H, W) at the nearest pixel to each position of F (h, w), corners on corners."""
+    rows, columns = (np.linspace(0, n - 1, m).round().astype(int) for n, m in zip(x.shape, size))
+    return x[rows][:, columns]
+
+
+def base64(content: np.ndarray | bytes) -> str:
+    """The bytes in base64."""
+    return b64encode(bytes(content)).decode()
 
 
 def data_url(picture: Picture, kind: str, **options: Any) -> str:
-    """A picture as a URL that holds it."""
+    """A picture as a URL that holds it. kind: jpeg or png."""
     file = io.BytesIO()
     picture.save(file, kind, **options)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def labels_at(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The label (H, W) at the positions of F (h, w): the corners of F are those of the image."""
-    y, x = (np.linspace(0, n - 1, m).round().astype(int) for n, m in zip(label.shape, size))
-    return label[y][:, x]
-
-
-def read_label(path: Path, checkpoint: dict[str, Any], size: tuple[int, ...]) -> np.ndarray:
-    """The label file of an image of `size` (H, W). InputError if it has another size."""
-    label = decode_label(path, checkpoint["data"], checkpoint["colors"])
-    if label.shape != size:
-        H, W = size
-        got = f"{label.shape[1]}x{label.shape[0]}"
-        raise InputError(f"{quote(path)}: got {got} pixels, expected {W}x{H} as the image has")
-    return label
+    return f"data:image/{kind};base64,{base64(file.getvalue())}"
 
 
 def fill_template(data: dict[str, Any]) -> str:
@@ -155,9 +146,8 @@ def fill_template(data: dict[str, Any]) -> str:
     page = TEMPLATE.read_text(encoding="utf-8")
     rules = ["default-src 'none'", "img-src data:", "base-uri 'none'", "form-action 'none'"]
     for tag in ("style", "script"):
-        found = re.search(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        text = cast(re.Match[str], found)[1]  # the template has both
-        digest = hashlib.sha256(text.encode()).digest()
-        rules.append(f"{tag}-src 'sha256-{base64.b64encode(digest).decode()}'")
+        (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        digest = base64(hashlib.sha256(text.encode()).digest())
+        rules.append(f"{tag}-src 'sha256-{digest}'")
     page = page.replace("{{policy}}", "; ".join(rules))
     return page.replace("{{data}}", json.dumps(data).replace("<", "\\u003c"))

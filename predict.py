@@ -289,8 +289,9 @@ def parse_prediction(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parse_flags(parser, argv, "scales", "flip", "crop", "amp", "context", "workers")
     if args.format != "masks" and (args.confidence or args.attention or args.page):
         raise InputError(f"--format {args.format}: leave out --confidence, --attention and --page")
-    if args.label and not args.page:
-        raise InputError("--label needs --page")
+    one = len(args.images) == 1 and not Path(args.images[0]).is_dir()
+    if args.label and not (args.page and one):
+        raise InputError(f"--label {quote(args.label)}: expected --page and one image")
     return args
 
 
@@ -336,8 +337,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     found, others = find_images(args.images, args.out)
     if args.format == "cityscapes":
         found = server_names(found)
-    if args.label and len(found) > 1:
-        raise InputError(f"--label {quote(args.label)}: got {len(found)} images, expected one")
     check_targets(found, args.out, result_endings(args))
     with distributed(timedelta(days=1)) as (rank, world, device):  # for the slowest rank
         net, checkpoint = load_network(args.checkpoint, device, args.context)
