@@ -90,9 +90,9 @@ def network_part(net: dnl.Network, photo: Picture) -> dict[str, Any]:
     h, w = size
     titles = {"A": "A: softmax of Q·K"}
     if p is not None:
-        titles["A'"] = "A': after Global Rectifying, A x P_class"
+        titles["A'"] = "A': after Global Rectifying"
     if block.kernel:
-        titles["A''"] = f"A'': after Local Retention, windows of {block.kernel}x{block.kernel}"
+        titles["A''"] = f"A'': after Local Retention, {block.kernel}x{block.kernel}"
     if p is not None:
         titles["P_class"] = "P_class: sigmoid of P·P"
     matrices = {"q": q, "k": k, "p": p}
