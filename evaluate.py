@@ -228,7 +228,7 @@ def evaluate(
     n, finite = len(dataset.classes), {}
     matrix = torch.zeros(n, n, dtype=torch.int64, device=device)
     with (
-        fail_on_all_ranks(rank),
+        fail_on_all_ranks(),
         torch.backends.cudnn.flags(enabled=True, deterministic=True),
     ):  # the same kernels whoever calls, on any rank
         for index, image, label in eval_images(dataset, rank, world, workers):
