@@ -206,7 +206,7 @@ def network_cases(
     layout = torch.channels_last if channels_last else torch.contiguous_format
     torch.manual_seed(0)
     net = dnl.build(config).to(device)
-    net.to(memory_format=layout)  # type: ignore[call-overload]  # torch's types lack it
+    net.to(memory_format=layout)  # type: ignore[call-overload]  # torch's stub lacks it
     optimizer = torch.optim.SGD(net.parameters(), 1e-3, 0.9, fused=device.type == "cuda")
     x = torch.randn(batch, 3, *size, device=device).contiguous(memory_format=layout)
     label = torch.randint(config.num_classes, (batch, *size), device=device, dtype=torch.uint8)

@@ -133,8 +133,9 @@ def measure(
         print_progress(f"{index + 1}/{n} images", last=index + 1 == n)
         if label is None or (label == IGNORE).all():
             continue  # no query
+        image, label = image.to(device), label.to(device)
         rng = np.random.default_rng((seed, index))
-        values, classes = image_noise(net, image.to(device), label.to(device), queries, rng)
+        values, classes = image_noise(net, image, label, queries, rng)
         sums.index_add_(2, classes, values.nan_to_num(0))
         counts.index_add_(2, classes, (~values.isnan()).double())
     return (sums / counts).cpu(), counts.long().cpu()

@@ -8,7 +8,7 @@ because a context factory is called with it. The sources give widths at C = 512;
 with C. H and W are free, B may be 0.
 
 The equations are functions (`attention`, `channel_attention`, `criss_cross`); the modules hold the
-parameters.
+parameters. A name is used again where its tensor is not needed any more, so that it is freed.
 """
 
 import math
@@ -32,9 +32,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0) -> Tensor:
     too.
     """
     with no_autocast(q):
-        q = at_least_fp32(q) * scale
-        logits = q.mT @ at_least_fp32(k)
-        a = logits.softmax(-1)  # (B, N, M)
+        a = (at_least_fp32(q) * scale).mT @ at_least_fp32(k)  # (B, N, M)
+        a = a.softmax(-1)
     return v @ a.to(v.dtype).mT
 
 
@@ -46,8 +45,8 @@ def channel_attention(x: Tensor, y: Tensor) -> Tensor:
     shifted. E and softmax are in fp32 under autocast too.
     """
     with no_autocast(x):
-        e = at_least_fp32(x) @ at_least_fp32(y).mT
-        a = (-e).softmax(-1)  # (B, C, M)
+        a = -(at_least_fp32(x) @ at_least_fp32(y).mT)  # (B, C, M)
+        a = a.softmax(-1)
     return a.to(y.dtype) @ y
 
 
@@ -65,8 +64,8 @@ def criss_cross(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         row = torch.einsum("bchw,bchj->bhwj", q, k)  # (B, H, W, W)
         own = torch.eye(H, dtype=torch.bool, device=q.device)
         column = column.masked_fill(own[:, None], -math.inf)
-        logits = torch.cat([column, row], -1)
-        a = logits.softmax(-1).to(v.dtype)
+        a = torch.cat([column, row], -1)
+        a = a.softmax(-1).to(v.dtype)
     from_column = torch.einsum("bhwi,bciw->bchw", a[..., :H], v)
     from_row = torch.einsum("bhwj,bchj->bchw", a[..., H:], v)
     return from_column + from_row
@@ -132,7 +131,7 @@ class Pooled(nn.Module):
 class Dual(nn.Module):
     """position(x) + channel(x), two branches that each map (B, C, H, W) to the same."""
 
-    def __init__(self, *, position: nn.Module, channel: nn.Module) -> None:
+    def __init__(self, position: nn.Module, channel: nn.Module) -> None:
         super().__init__()
         self.position = position
         self.channel = channel
@@ -162,8 +161,9 @@ class NonLocal(nn.Module):
         q = self.query(x).flatten(2)  # (B, C/8, N)
         k = self.key(x).flatten(2)
         v = self.value(x).flatten(2)  # (B, C, N)
-        context = attention(q, k, v).view_as(x)
-        return self.gamma * context + x
+        out = attention(q, k, v).view_as(x)
+        out = self.gamma * out
+        return out + x
 
 
 class CrissCross(NonLocal):
@@ -180,10 +180,7 @@ class CrissCross(NonLocal):
 
     def forward(self, x: Tensor) -> Tensor:
         for _ in range(self.recurrence):
-            q = self.query(x)
-            k = self.key(x)
-            v = self.value(x)
-            x = self.gamma * criss_cross(q, k, v) + x
+            x = self.gamma * criss_cross(self.query(x), self.key(x), self.value(x)) + x
         return x
 
 
@@ -196,8 +193,9 @@ class ChannelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.flatten(2)  # (B, C, N)
-        context = channel_attention(flat, flat).view_as(x)
-        return self.gamma * context + x
+        out = channel_attention(flat, flat).view_as(x)
+        out = self.gamma * out
+        return out + x
 
 
 class CompactPosition(nn.Module):
@@ -218,13 +216,17 @@ class CompactPosition(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        pooled = [encoder(x).flatten(2) for encoder in self.encoders]
-        tokens = torch.cat(pooled, 2)  # (B, C, 50)
-        q = self.query(x).flatten(2)
-        k = self.key(tokens)
-        v = self.value(tokens)
-        context = attention(q, k, v)
-        return self.gamma * context.view_as(x) + x
+        tokens = torch.cat(
+            [encoder(x).flatten(2) for encoder in self.encoders],
+            dim=2,
+        )  # (B, C, 50)
+        out = attention(
+            self.query(x).flatten(2),
+            self.key(tokens),
+            self.value(tokens),
+        )
+        out = self.gamma * out.view_as(x)
+        return out + x
 
 
 class CompactChannel(nn.Module):
@@ -240,8 +242,9 @@ class CompactChannel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.encoder(x)  # (B, C/16, H, W)
-        context = channel_attention(x.flatten(2), y.flatten(2))
-        return self.gamma * context.view_as(x) + x
+        out = channel_attention(x.flatten(2), y.flatten(2))
+        out = self.gamma * out.view_as(x)
+        return out + x
 
 
 class ObjectContext(nn.Module):
@@ -262,10 +265,10 @@ class ObjectContext(nn.Module):
         q = self.shared(x).flatten(2)  # also the key
         v = self.value(x)  # (B, C/2, H, W)
         scale = q.shape[1] ** -0.5
-        context = attention(q, q, v.flatten(2), scale)
-        context = self.expand(context.view_as(v))
-        both = torch.cat([context, x], 1)
-        return self.fuse(both)
+        out = attention(q, q, v.flatten(2), scale)
+        out = self.expand(out.view_as(v))
+        out = torch.cat([out, x], 1)
+        return self.fuse(out)
 
 
 class PyramidPooling(nn.Module):
@@ -307,11 +310,11 @@ class AtrousPyramid(nn.Module):
         self.fuse = nn.Sequential(fuse, nn.Dropout(0.5))
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = [branch(x) for branch in self.branches]
+        branches = (branch(x) for branch in self.branches)
         image = self.image(x)
         image = image.expand(-1, -1, *x.shape[2:])
-        parts.append(image)
-        return self.fuse(torch.cat(parts, 1))
+        out = torch.cat([*branches, image], dim=1)
+        return self.fuse(out)
 
 
 # ---- factories: what --context names
@@ -329,12 +332,12 @@ def ccnet(channels: int, num_classes: int, *, recurrence: int = 2) -> nn.Module:
 
 def danet(channels: int, num_classes: int) -> nn.Module:
     """Position plus channel attention, without convolutions around them: 2x at the start."""
-    return Dual(position=NonLocal(channels), channel=ChannelAttention())
+    return Dual(NonLocal(channels), ChannelAttention())
 
 
 def dranet(channels: int, num_classes: int) -> nn.Module:
     """DRANet*: the sum of its compact modules, CPAM and CCAM: 2x at the start."""
-    return Dual(position=CompactPosition(channels), channel=CompactChannel(channels))
+    return Dual(CompactPosition(channels), CompactChannel(channels))
 
 
 def ocnet(channels: int, num_classes: int) -> nn.Module:
