@@ -12,7 +12,7 @@ import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -205,10 +205,14 @@ def check_combinations(args: argparse.Namespace, world: int) -> None:
         )
     if args.compile and args.recompute:
         raise InputError("--compile and --recompute do not work together: leave one out")
-    if args.tensorboard and find_spec("tensorboard") is None:
-        raise InputError(
-            "--tensorboard: the package is not installed: pip install tensorboard, or leave it out"
-        )
+    if args.tensorboard:
+        try:
+            import_module("torch.utils.tensorboard")
+        except ImportError:
+            raise InputError(
+                "--tensorboard: the package is not installed: pip install tensorboard, or leave "
+                "it out"
+            ) from None
     parts = world * args.accumulate
     if args.batch % parts:
         raise InputError(

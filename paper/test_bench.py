@@ -9,6 +9,7 @@ import torch
 
 import data
 import dnl
+import runtime
 from paper import bench
 
 CPU = torch.device("cpu")
@@ -154,6 +155,6 @@ def test_json_is_the_last_line(capsys, monkeypatch):
     "argv", [["loader", "--runs", "0"], ["network", "--size", "0", "64"], ["nothing"]]
 )
 def test_wrong_arguments_are_one_line(argv):
-    with pytest.raises(data.InputError) as e:
+    with pytest.raises(runtime.InputError) as e:
         bench.parse(argv)
     assert "\n" not in str(e.value)

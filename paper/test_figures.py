@@ -7,6 +7,8 @@ import pytest
 from PIL import Image
 
 import data
+import runtime
+import synthetic
 from paper import figures
 from paper.test_noise import checkpoint
 
@@ -106,7 +108,7 @@ def test_boxed_draws_white_at_the_scaled_place():
 
 
 def test_every_figure_runs(made, monkeypatch):
-    monkeypatch.setitem(data.SYNTHETIC_SIZES, "val", 3)
+    monkeypatch.setitem(synthetic.SIZES, "val", 3)
     out = run(
         "attention",
         made / "dnl.pt",
@@ -136,9 +138,9 @@ def test_every_figure_runs(made, monkeypatch):
         "--out",
         made / "c.png",
     )
-    truth = Image.fromarray(np.array(data.palette(8), np.uint8)[data.scene("val", 2)[1]]).resize(
-        (217, 174), 0
-    )
+    truth = Image.fromarray(
+        np.array(data.palette(8), np.uint8)[synthetic.scene("val", 2)[1]]
+    ).resize((217, 174), 0)
     cell = np.asarray(compared)[22 + 180 :, 6 + 3 * 223 :][:174, :217]  # second row, fourth column
     assert (cell == np.asarray(truth)).all(2).mean() > 0.8  # all but the boxes' lines
     out = run(
@@ -215,6 +217,6 @@ def test_wrong_input_is_one_clear_line(made, monkeypatch, argv, message):
         *((f"edited{i}", line) for i, line in enumerate(EDITED)),
     ):
         (made / f"{name}.jsonl").write_text(line + "\n")
-    with pytest.raises(data.InputError, match=message) as error:
+    with pytest.raises(runtime.InputError, match=message) as error:
         figures.main(argv)
     assert "\n" not in str(error.value)

@@ -10,6 +10,8 @@ import torch
 
 import data
 import dnl
+import runtime
+import synthetic
 from checkpoint import VERSION
 from paper import noise
 
@@ -29,7 +31,7 @@ def checkpoint(path, **changes):
             "config": asdict(config),
             "data": "synthetic",
             "root": None,
-            "classes": list(data.SYNTHETIC),
+            "classes": list(synthetic.CLASSES),
             "colors": [list(c) for c in data.palette(8)],
             "amp": "off",
         },
@@ -124,11 +126,11 @@ def test_queries_are_even_over_classes():
     [{}, dict(p_from="res3", deep_stem=True, aux_conv=True), dict(context="nl"), dict(lr=False)],
 )
 def test_whole_checkpoint_against_loops(tmp_path, monkeypatch, capsys, changes):
-    monkeypatch.setitem(data.SYNTHETIC_SIZES, "val", 2)
+    monkeypatch.setitem(synthetic.SIZES, "val", 2)
     net = checkpoint(tmp_path / "c.pt", **changes)
     sums = {}
     for index in range(2):
-        image, label = data.scene("val", index)
+        image, label = synthetic.scene("val", index)
         x = data.normalize(torch.from_numpy(image).permute(2, 0, 1)[None])
         with torch.no_grad():
             f, p = net.features(x)[3:]
@@ -150,7 +152,7 @@ def test_whole_checkpoint_against_loops(tmp_path, monkeypatch, capsys, changes):
             means = {c: sum(v) / len(v) for (a, b, c), v in sums.items() if (a, b) == (m, kind)}
             part = got["maps"][name][word]
             assert part["mean"] == pytest.approx(sum(means.values()) / len(means), abs=1e-5)
-            for c, title in enumerate(data.SYNTHETIC):
+            for c, title in enumerate(synthetic.CLASSES):
                 assert part["classes"][title] == (
                     pytest.approx(means[c], abs=1e-5) if c in means else None
                 )
@@ -164,7 +166,7 @@ def test_whole_checkpoint_against_loops(tmp_path, monkeypatch, capsys, changes):
 
 
 def test_sampled_queries_are_a_function_of_the_seed(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(data.SYNTHETIC_SIZES, "val", 2)
+    monkeypatch.setitem(synthetic.SIZES, "val", 2)
     checkpoint(tmp_path / "c.pt")
     outputs = []
     for seed in ("0", "0", "1"):
@@ -176,11 +178,11 @@ def test_sampled_queries_are_a_function_of_the_seed(tmp_path, monkeypatch, capsy
 def test_wrong_input_is_one_clear_line(tmp_path):
     checkpoint(tmp_path / "none.pt", context="none")
     with pytest.raises(
-        data.InputError,
+        runtime.InputError,
         match=r"none\.pt: context 'none' has no attention maps .* --context dnl or nl",
     ):
         noise.main([str(tmp_path / "none.pt")])
-    with pytest.raises(data.InputError, match="--queries must be 1 or more"):
+    with pytest.raises(runtime.InputError, match="--queries must be 1 or more"):
         noise.main(["x.pt", "--queries", "0"])
 
 
@@ -188,7 +190,7 @@ def test_an_image_without_a_label_has_no_query(tmp_path, monkeypatch):
     net, dataset = checkpoint(tmp_path / "c.pt"), data.open_dataset("synthetic", None, "val")
     images = [
         (i, torch.from_numpy(image.transpose(2, 0, 1).copy()), torch.from_numpy(label))
-        for i, (image, label) in enumerate(map(data.scene, ("val", "val"), (0, 1)))
+        for i, (image, label) in enumerate(map(synthetic.scene, ("val", "val"), (0, 1)))
     ]
     options = dict(queries=4, seed=0, device=torch.device("cpu"))
     monkeypatch.setattr(noise, "eval_images", lambda *a: [images[0]])

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import dnl
-import train
+import recipe
 from paper import peers
 
 FACTORIES = (peers.nl, peers.ccnet, peers.danet, peers.dranet, peers.ocnet, peers.ppm, peers.aspp)
@@ -387,7 +387,7 @@ def train_each_peer(rank, world, port):
         model = torch.nn.parallel.DistributedDataParallel(net) if world > 1 else net
         torch.manual_seed(rank)
         label = torch.randint(0, 3, (2, 48, 48)).byte()
-        train.losses(
+        recipe.losses(
             model(torch.randn(2, 3, 48, 48), full_size=False), label, float(label.numel() * world)
         ).sum().backward()
         total = torch.stack([p.grad.double().norm() for p in net.parameters()]).sum()
@@ -399,7 +399,7 @@ def train_each_peer(rank, world, port):
         torch.optim.SGD(net.parameters(), 0.01).step()
         assert all(p.isfinite().all() for p in net.parameters()), name
     if world > 1:
-        time.sleep(0.1)  # as in evaluate.distributed
+        time.sleep(0.1)  # as in runtime.distributed
         torch.distributed.destroy_process_group()
 
 

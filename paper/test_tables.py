@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import data
 import dnl
-import train
+import recipe
+import runtime
+import synthetic
 from paper import tables
 from runtime import InputError
 
@@ -170,11 +171,11 @@ def test_rows_are_the_networks_they_name():
     for cell in [
         c for table in tables.TABLES for c in tables.cells_of(table, Path("out"), [3], flags)
     ]:
-        args = train.parse(cell.argv, 1)
+        args = recipe.parse_training(cell.argv, 1)
         assert (args.seed, args.preset, args.out) == (3, "released", cell.out)
         with META:
-            config = train.configuration(args, 19)
-            contexts[cell.name] = dnl.build(config, train.find_factory(config.context)).context
+            config = recipe.configuration(args, 19)
+            contexts[cell.name] = dnl.build(config, runtime.import_factory(config.context)).context
     switches = {
         name: (contexts[name].gr, contexts[name].kernel) for name in ("nl", "gr", "lr", "dnl")
     }
@@ -290,7 +291,7 @@ def test_finished_runs_on_another_data_set_are_refused(tmp_path, monkeypatch):
 
 def test_class_weights_are_compared_by_value(tmp_path):
     (tmp_path / "w.json").write_text(
-        json.dumps({"classes": data.SYNTHETIC, "splits": {"train": {"weights": [0.5] * 8}}})
+        json.dumps({"classes": synthetic.CLASSES, "splits": {"train": {"weights": [0.5] * 8}}})
     )
     flags = ["--epochs", "2", "--class-weights", str(tmp_path / "w.json")]
     first = tables.cells_of("ablation", tmp_path, [0], flags)[0]
