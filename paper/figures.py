@@ -27,15 +27,7 @@ from data import IGNORE, DataSet, decode_image, read
 from evaluate import predict_ids
 from paper.curves import curves
 from pictures import colorize, sheet
-from runtime import (
-    AMP,
-    InputError,
-    Parser,
-    add_flags,
-    choose_amp,
-    run_script,
-    write_result,
-)
+from runtime import AMP, InputError, Parser, add_flags, choose_amp, run_script, write_result
 
 Pixel = tuple[int, int]  # (x, y)
 Box = tuple[int, int, int]  # (left, top, side)
@@ -45,7 +37,7 @@ Color = tuple[int, int, int]
 def load(
     path: str, device: torch.device, contexts: Sequence[str]
 ) -> tuple[dnl.Network, dict[str, Any]]:
-    """`checkpoint.load_network`; contexts: those that --context allows to import."""
+    """`checkpoint.load_network`; contexts: what --context allows to import."""
     context = read_checkpoint(path)["config"]["context"]
     return load_network(path, device, context if context in contexts else None)
 
