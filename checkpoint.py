@@ -32,7 +32,7 @@ from runtime import (
 )
 
 VERSION = 1
-FIELDS = {  # what every script reads, beside the version; train.py reads more
+FIELDS = {  # what every script reads, beside the version
     "model": {str: Tensor},
     "config": {str: (str, int, float)},
     "data": str,
@@ -41,25 +41,31 @@ FIELDS = {  # what every script reads, beside the version; train.py reads more
     "colors": [[int]],
     "amp": str,
 }
+RUN_FIELDS = FIELDS | {  # what a training needs to go on
+    "optimizer": {str: dict},
+    "scaler": dict,
+    "settings": {str: object},
+    "step": int,
+    "sums": Tensor,
+    "history": [dict],
+}
 REMEDY = "give a .pt file that train.py wrote"
 
 # ---- writing
 
 
-def write_run(out: Path, state: dict[str, Any], best: bool) -> None:
-    """Write a run's checkpoint as last.pt; if it is the best as best.pt, and averaged weights as
-    ema.pt.
+def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint whole or not at all. OSError if the disk is full."""
+    write(path, lambda f: torch.save(state, f))
 
-    Each file is whole whatever happens. OSError if the disk is full.
-    """
-    if best:
-        write(out / "best.pt", lambda f: torch.save(state, f))
+
+def write_last(out: Path, state: dict[str, Any]) -> None:
+    """Write last.pt and keep the one before; averaged weights as ema.pt. OSError if the disk is full."""
     if state["ema"] is not None:
         # No training can go on from averaged weights, so their settings differ from the run's.
         settings = state["settings"] | {"averaged": True}
-        averaged = state | {"model": state["ema"], "settings": settings}
-        write(out / "ema.pt", lambda f: torch.save(averaged, f))
-    write(out / "new.pt", lambda f: torch.save(state, f))
+        write_checkpoint(out / "ema.pt", state | {"model": state["ema"], "settings": settings})
+    write_checkpoint(out / "new.pt", state)
     finish_save(out)
 
 
@@ -81,7 +87,7 @@ def read_last(out: Path) -> tuple[Path, dict[str, Any]] | None:
     found = [p for p in (out / "last.pt", out / "last.prev.pt") if p.exists()]
     for path in found:
         try:
-            return path, read_checkpoint(path)
+            return path, read_checkpoint(path, RUN_FIELDS)
         except InputError as e:
             if path == found[-1]:
                 raise
@@ -97,16 +103,14 @@ def read_if_readable(path: Path) -> dict[str, Any]:
         return {}
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint's dict, on the CPU. InputError if it is missing, damaged, or not written by
-    train.py.
-    """
+def read_checkpoint(path: str | Path, fields: dict[str, Any] = FIELDS) -> dict[str, Any]:
+    """A checkpoint's dict, on the CPU. InputError if it is missing, damaged, or lacks a field."""
     checkpoint = read_pickle(path)
     version = checkpoint.get("version") if isinstance(checkpoint, dict) else None
     if type(version) is not int or version != VERSION:
         raise InputError(f"{quote(path)}: not a checkpoint of version {VERSION}: {REMEDY}")
     wrong = []
-    for name, kind in FIELDS.items():
+    for name, kind in fields.items():
         if name not in checkpoint or not has_type(checkpoint[name], kind):
             wrong.append(name)
     wrong = wrong or invalid_fields(checkpoint)

@@ -20,7 +20,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import dnl
-from checkpoint import VERSION, finish_save, read_checkpoint, read_if_readable, read_last, write_run
+from checkpoint import (
+    RUN_FIELDS,
+    VERSION,
+    finish_save,
+    read_checkpoint,
+    read_if_readable,
+    read_last,
+    write_checkpoint,
+    write_last,
+)
 from data import DataSet, open_dataset, step_items
 from recipe import check_batch, configuration, rate, read_weights, settings_of
 from runtime import (
@@ -276,13 +285,14 @@ def save(run: Run) -> None:
     miou = None  # of these weights
     if run.history and run.history[-1]["step"] == run.step:
         miou = run.history[-1]["miou"]
-    best = miou is not None and (run.best is None or miou > run.best)
-    if best:
-        state["best"] = miou
     try:
-        write_run(run.args.out, state, best)
+        if miou is not None and (run.best is None or miou > run.best):
+            state["best"] = miou
+            write_checkpoint(run.args.out / "best.pt", state)
+            run.best = miou
+        write_last(run.args.out, state)
         write_log(run)
-        run.best, run.unsaved = state["best"], False
+        run.unsaved = False
     except OSError as e:
         run.unsaved = True
         print_line(
@@ -337,7 +347,7 @@ def restore(run: Run) -> None:
         return
     path, state = found
     differ = []
-    was, now = state.get("settings", {}), run.settings
+    was, now = state["settings"], run.settings
     for key in sorted({*was, *now}):
         if was.get(key) != now.get(key):
             differ.append(f"{key} {was.get(key)} -> {now.get(key)}")
@@ -374,12 +384,12 @@ def find_checkpoint(run: Run) -> tuple[Path, dict[str, Any]] | None:
             f"--out {run.args.out}: holds a run of other settings, which this one would replace: "
             "choose another"
         )
-    return Path(run.args.resume), read_checkpoint(run.args.resume)
+    return Path(run.args.resume), read_checkpoint(run.args.resume, RUN_FIELDS)
 
 
 def load_state(run: Run, state: dict[str, Any]) -> None:
     """Put a checkpoint's fields into the run. Any exception means that they do not fit."""
-    if not 0 <= state["step"] <= run.total:
+    if state["step"] not in range(run.total + 1):
         raise ValueError(f"step {state['step']} of {run.total}")
     dnl.load_strict(run.net, state["model"], "model")
     if run.ema is not None:

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from PIL.Image import Resampling
 
-from data import IGNORE, PAD, DataSet, open_dataset, read, sample
+from classes import IGNORE
+from data import PAD, DataSet, open_dataset, read, sample
 from paper.measure import in_turn
 from runtime import InputError
 

@@ -12,11 +12,10 @@ from typing import Any
 from PIL import Image, ImageDraw
 from PIL.Image import Resampling
 
-from data import palette
+from classes import Color, palette
 from pictures import load_font, shorten
 from runtime import InputError, quote, regular_file
 
-Color = tuple[int, int, int]
 GREY = (225, 225, 225)
 Points = Sequence[tuple[float, float]]  # (epoch, value)
 

@@ -23,15 +23,16 @@ from PIL.Image import Resampling
 import dnl
 from attention import attention_row, attention_sheet, pixel_of, require_attention, require_pixel
 from checkpoint import load_network, open_like, read_checkpoint
-from data import IGNORE, DataSet, decode_image, read
+from classes import IGNORE, Color
+from data import DataSet, read
+from decode import decode_image
 from evaluate import predict_ids
 from paper.curves import curves
-from pictures import colorize, sheet
+from pictures import GAP, colorize, sheet
 from runtime import AMP, InputError, Parser, add_flags, choose_amp, run_script, write_result
 
 Pixel = tuple[int, int]  # (x, y)
 Box = tuple[int, int, int]  # (left, top, side)
-Color = tuple[int, int, int]
 
 
 def load(
@@ -203,7 +204,7 @@ def compare(args: argparse.Namespace, device: torch.device) -> Image.Image:
         classes, colors = (classes[c],), (colors[c],)
     if dataset.labelled:
         titles.append("ground truth")
-    width = (args.width - 6) // len(titles) - 6
+    width = (args.width - GAP) // len(titles) - GAP
     rows = []
     for i, predicted in zip(chosen, zip(*guesses)):
         image, truth = read(dataset, i)

@@ -28,7 +28,8 @@ from torch import Tensor
 import dnl
 from attention import attention_inputs, require_attention
 from checkpoint import load_network, open_like
-from data import IGNORE, DataSet, eval_images
+from classes import IGNORE
+from data import DataSet, eval_images
 from runtime import InputError, Parser, parse_flags, print_progress, run_script
 
 MAPS = ("A", "A'", "A''")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import data
+import classes
 import synthetic
 from paper import curves, figures
 from paper.test_noise import checkpoint
@@ -120,7 +120,7 @@ def test_every_figure_runs(made, monkeypatch):
     flags = ("--names", "A", "B", "--images", "0", "2")
     compared = run("compare", made / "dnl.pt", made / "nl.pt", *flags, "--out", made / "c.png")
     _, label = synthetic.scene("val", 2)
-    colors = np.array(data.palette(8), np.uint8)
+    colors = np.array(classes.palette(8), np.uint8)
     truth = Image.fromarray(colors[label]).resize((217, 174), 0)
     cell = np.asarray(compared)[22 + 180 :, 6 + 3 * 223 :][:174, :217]  # second row, fourth column
     assert (cell == np.asarray(truth)).all(2).mean() > 0.8  # all but the boxes' lines
@@ -141,7 +141,7 @@ def test_curves(tmp_path):
     out = np.asarray(
         run("curves", tmp_path / "a", tmp_path / "b" / "log.jsonl", "--out", tmp_path / "c.png")
     )
-    for color in data.palette(2):
+    for color in classes.palette(2):
         distance = np.abs(out.astype(int) - color).sum(2)
         assert (distance < 12).sum() > 100  # the run's legend and its points
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import classes
 import data
 import dnl
 import synthetic
@@ -35,7 +36,7 @@ def checkpoint(path, **changes):
             "data": "synthetic",
             "root": None,
             "classes": list(synthetic.CLASSES),
-            "colors": [list(c) for c in data.palette(8)],
+            "colors": [list(c) for c in classes.palette(8)],
             "amp": "off",
         },
         path,

@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+import check
 import checkpoint
 import data
 import dnl
 import predict
 import runtime
 import train
-from data import palette
+from classes import palette
 
 ROOT = Path(__file__).parent.parent
 RNG = np.random.default_rng
@@ -79,7 +80,7 @@ def noise(h, w, seed=0, channels=3):
 
 
 def report_of(capsys, *args):
-    status = data.main(["check", *map(str, args), "--workers", "0", "--json"])
+    status = check.main([*map(str, args), "--workers", "0", "--json"])
     return status, json.loads(capsys.readouterr().out.splitlines()[-1])
 
 

@@ -1,4 +1,4 @@
-"""predict.py --attention: the maps are the paper's rows; their colours, sheets and pages."""
+"""attention.py: the maps are the paper's rows; their colours, sheets and pages."""
 
 from dataclasses import replace
 
@@ -12,6 +12,7 @@ import attention
 import dnl
 import pictures
 import predict
+from checkpoint import load_network
 from runtime import InputError
 
 
@@ -28,7 +29,7 @@ def test_equal_steps_of_attention_are_equal_steps_of_lightness():
 
 
 def test_attention_maps_are_the_papers_rows(checkpoint):
-    net, _ = checkpoint.load_network(checkpoint, CPU)
+    net, _ = load_network(checkpoint, CPU)
     image = torch.from_numpy(blocks(65, 97)).permute(2, 0, 1)
     mean, std = (
         torch.tensor(v).view(3, 1, 1) for v in ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
@@ -61,7 +62,7 @@ def test_attention_maps_are_the_papers_rows(checkpoint):
 
 
 @pytest.mark.parametrize(
-    "parts, maps", [(dict(context="nl"), ["A"]), (dict(gr=False), ["A", "A'' (after LR)"])]
+    "parts, maps", [({"context": "nl"}, ["A"]), ({"gr": False}, ["A", "A'' (after LR)"])]
 )
 def test_attention_maps_of_parts_that_a_network_lacks_are_left_out(parts, maps):
     net = dnl.build(
@@ -85,7 +86,7 @@ def test_attention_is_brightest_at_the_maximum():
 
 @pytest.mark.parametrize("pixel", [(10, 50), (0, 0), (89, 60)])
 def test_attention_sheet_marks_the_pixel_in_every_picture(checkpoint, pixel):
-    net, _ = checkpoint.load_network(checkpoint, CPU)
+    net, _ = load_network(checkpoint, CPU)
     image = torch.from_numpy(blocks(61, 90)).permute(2, 0, 1)
     out = attention.attention_sheet([attention.attention_row(net, image, pixel, "", 900)])
     width = (900 - 6) // 5 - 6
@@ -104,7 +105,7 @@ def test_attention_page_by_tiles_and_outside(checkpoint, photo, tmp_path, capsys
     assert predicted(checkpoint, photo, "--out", tmp_path / "p", "--attention", "56,39") == 1
     assert "photo.png: pixel 56,39 is outside of the image of 56x40" in capsys.readouterr().err
     assert files(tmp_path / "p") == ["photo.png", "photo_overlay.png"]
-    net, _ = checkpoint.load_network(checkpoint, CPU)
+    net, _ = load_network(checkpoint, CPU)
     image = torch.from_numpy(blocks(40, 56)).permute(2, 0, 1)
     rows, columns = slice(16, 40), slice(33, 56)  # the lower right of six tiles
     whole, tiled, part = (

@@ -1,4 +1,4 @@
-"""data.py's decoded copy: the same samples, made once, whole or not at all."""
+"""cache.py: the decoded copy: the same samples, made once, whole or not at all."""
 
 import json
 import os
@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import halve, noise, save
 
+import cache
 import data
 from runtime import InputError
 
@@ -17,7 +18,7 @@ def test_cache_holds_the_same_samples(folder, tmp_path):
     plain, cached = (
         data.open_dataset("folder", folder, "train", c) for c in (None, tmp_path / "cache")
     )
-    assert cached.cached.stat().st_size == 3 * 30 * 40 * 4
+    assert cached.copy.path.stat().st_size == 3 * 30 * 40 * 4
     for i in range(len(plain)):
         assert all(np.array_equal(a, b) for a, b in zip(data.read(plain, i), data.read(cached, i)))
         assert all(
@@ -29,8 +30,8 @@ def test_cache_holds_the_same_samples(folder, tmp_path):
 
 
 def test_cache_is_made_once_and_again_after_a_change(folder, tmp_path, monkeypatch):
-    made, build = [], data._write_cache
-    monkeypatch.setattr(data, "_write_cache", lambda *a: made.append(a) or build(*a))
+    made, build = [], cache._make
+    monkeypatch.setattr(cache, "_make", lambda *a: made.append(a) or build(*a))
     first = data.open_dataset("folder", folder, "val", tmp_path / "cache")
     assert (
         len(made) == 1
@@ -44,39 +45,39 @@ def test_cache_is_made_once_and_again_after_a_change(folder, tmp_path, monkeypat
 
 
 def test_half_a_cache_is_none(folder, tmp_path, monkeypatch):
-    """A build that fails (a wrong file, a full disk) leaves nothing that a later one would take for whole."""
+    """A build that fails (wrong file, full disk) leaves nothing that passes for a whole copy."""
     good = (folder / "labels" / "val" / "a 1.png").read_bytes()
     save(folder / "labels" / "val" / "a 1.png", np.full((30, 40), 77, np.uint8))
-    with pytest.raises(InputError, match="a 1.png"):
+    with pytest.raises(InputError, match=r"a 1\.png"):
         data.open_dataset("folder", folder, "val", tmp_path / "cache")
     (folder / "labels" / "val" / "a 1.png").write_bytes(good)
     fsync = os.fsync
     monkeypatch.setattr(
         os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
-    with pytest.raises(InputError, match="No space left.*make room"):
+    with pytest.raises(InputError, match=r"No space left.*make room"):
         data.open_dataset("folder", folder, "val", tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*.json")) and not list(
         (tmp_path / "cache").glob("*.part")
     )
     monkeypatch.setattr(os, "fsync", fsync)
-    assert len(data.open_dataset("folder", folder, "val", tmp_path / "cache").places) == 2
+    assert len(data.open_dataset("folder", folder, "val", tmp_path / "cache").copy.places) == 2
 
 
 def test_cut_cache_is_made_again(folder, tmp_path):
     first = data.open_dataset("folder", folder, "val", tmp_path / "cache")
     for spoil in (
-        lambda: halve(first.cached),
-        lambda: first.cached.with_suffix(".json").write_text("[[0, 30"),
-        lambda: first.cached.with_suffix(".json").write_text("[]"),
-        lambda: first.cached.with_suffix(".json").write_text(
-            json.dumps([first.places[1], first.places[0]])
+        lambda: halve(first.copy.path),
+        lambda: first.copy.path.with_suffix(".json").write_text("[[0, 30"),
+        lambda: first.copy.path.with_suffix(".json").write_text("[]"),
+        lambda: first.copy.path.with_suffix(".json").write_text(
+            json.dumps([first.copy.places[1], first.copy.places[0]])
         ),
-        lambda: first.cached.with_suffix(".json").write_text(json.dumps([[0, 60, 40]])),
-        lambda: first.cached.with_suffix(".json").write_text(
-            json.dumps([[0, 30.0, 40], first.places[1]])
+        lambda: first.copy.path.with_suffix(".json").write_text(json.dumps([[0, 60, 40]])),
+        lambda: first.copy.path.with_suffix(".json").write_text(
+            json.dumps([[0, 30.0, 40], first.copy.places[1]])
         ),
-        lambda: first.cached.with_suffix(".json").write_text(
+        lambda: first.copy.path.with_suffix(".json").write_text(
             json.dumps([["0", 30, 40], [4800, 30]])
         ),
     ):
@@ -92,7 +93,7 @@ def test_whole_cache_may_lie_where_nothing_can_be_written(folder, tmp_path, monk
         "builtins.open", lambda *a, **k: (_ for _ in ()).throw(OSError(30, "Read-only file system"))
     )
     assert data.open_dataset("folder", folder, "val", tmp_path / "cache") == first
-    with pytest.raises(InputError, match="--cache .*Read-only file system"):
+    with pytest.raises(InputError, match=r"--cache .*Read-only file system"):
         data.open_dataset("folder", folder, "train", tmp_path / "cache")
 
 

@@ -1,8 +1,9 @@
-"""evaluate.py: confusion and scores, the table, windows, scales and flips, the command on any number of ranks."""
+"""evaluate.py: confusion, scores, the table, windows, scales, flips; the command on some ranks."""
 
 import json
 import shutil
 import weakref
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -48,14 +49,17 @@ def test_confusion_and_scores():
     "length, crop", [(5, 8), (8, 8), (9, 8), (100, 8), (1024, 768), (2048, 768), (7, 1), (64, 3)]
 )
 def test_windows_cover_and_overlap(length, crop):
-    starts = evaluate.windows(length, crop)
-    covered = {x for s in starts for x in range(s, min(s + crop, length))}
-    assert covered == set(range(length)) and starts[0] == 0 and starts[-1] == max(0, length - crop)
-    assert all(b - a <= max(1, crop * 2 // 3) for a, b in zip(starts, starts[1:]))
+    windows = evaluate.windows(length, crop)
+    covered = {x for window in windows for x in range(length)[window]}
+    assert covered == set(range(length))
+    assert windows[0].start == 0 and windows[-1].stop == length
+    assert all(window.stop - window.start == min(crop, length) for window in windows)
+    starts = [window.start for window in windows]
+    assert all(b - a <= max(1, crop * 2 // 3) for a, b in pairwise(starts))
 
 
 class Linear(torch.nn.Module):
-    """A network with a known answer: logits are a per-pixel linear map, and a constant of the window's size."""
+    """A known answer: logits are a linear map of a pixel, plus a constant of the window's size."""
 
     def forward(self, x):
         w = torch.tensor([[1.0, -0.5, 0.2], [0.1, 0.4, -1.0]], dtype=x.dtype)
@@ -82,9 +86,8 @@ def test_titles_are_cut_to_their_picture(size):
     font = pictures.load_font(size)
     for text in ("", "short", "a very long name of a checkpoint in a folder, best.pt"):
         cut = pictures.shorten(text, font, 120)
-        assert font.getlength(cut) <= 120 and (
-            cut == text or cut.endswith("...") and text.startswith(cut[:-3])
-        )
+        assert font.getlength(cut) <= 120
+        assert cut == text or (cut.endswith("...") and text.startswith(cut[:-3]))
     row = [[Image.new("RGB", (50, 50))] * 2]
     long = pictures.sheet(row, ("x" * 300, "b"), ("c" * 300, "d"), ((1, 2, 3), (4, 5, 6)), 150)
     assert (
@@ -96,7 +99,7 @@ def test_titles_are_cut_to_their_picture(size):
 
 
 def test_evaluation_keeps_no_image(monkeypatch):
-    """Promise: validation does not fill the memory. Of 30 images and their outputs, two at most are alive at any time."""
+    """Validation does not fill the memory: of 30 images and their outputs, two are alive."""
     made, net, dataset = (
         [],
         Linear(),
@@ -140,10 +143,9 @@ def test_prediction_averages_scales_flips_and_windows():
     expected = (net(x).softmax(1) + up) / 2
     assert torch.allclose(evaluate.predict(net, image, scales=(1, 0.5)), expected[0], atol=1e-6)
     total, count = torch.zeros(1, 2, 21, 34), torch.zeros(21, 34)
-    for t in evaluate.windows(21, 9):
-        for l in evaluate.windows(34, 9):
-            total[:, :, t : t + 9, l : l + 9] += net(x[:, :, t : t + 9, l : l + 9]).softmax(1)
-            count[t : t + 9, l : l + 9] += 1
+    for rows, columns in product(evaluate.windows(21, 9), evaluate.windows(34, 9)):
+        total[:, :, rows, columns] += net(x[:, :, rows, columns]).softmax(1)
+        count[rows, columns] += 1
     assert torch.allclose(evaluate.predict(net, image, crop=9), (total / count)[0], atol=1e-6)
     assert torch.allclose(
         evaluate.predict(net, image, crop=99), net(x).softmax(1)[0], atol=1e-6

@@ -9,6 +9,8 @@ import zipfile
 import zlib
 from collections import Counter
 from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,20 +20,23 @@ from PIL import Image, ImageOps
 from torch import nn
 
 import checkpoint
+import classes
 import data
+import decode
 import pictures
 import recipe
 import runtime
-from runtime import InputError
 from dnl import PAPER, build
+from runtime import InputError
 
-# CASES of each kind, drawn from (kind, number of the case) alone: `FAULT_CASES=20000 python -m pytest -s -k mutated` runs more
-# and tells the counts. A case is refused by one line that names the file, or its result is one that the test computes itself.
+# CASES of each kind, drawn from (kind, number of the case) alone. To run more and see the counts:
+# `FAULT_CASES=20000 python -m pytest -s -k mutated`. A case is refused by one line that names the
+# file, or its result is one that the test computes itself.
 CASES = int(os.environ.get("FAULT_CASES", 2000))
 
 
 class Hang(BaseException):
-    """Not an Exception, so that what takes decoders' errors for broken files does not take this for one."""
+    """Not an Exception, so that nothing takes it for the error of a decoder."""
 
 
 def hang(number, frame):
@@ -39,7 +44,10 @@ def hang(number, frame):
 
 
 def refused(load, path, case):
-    """load()'s result, or None where one line that names the file refuses it. All else, and 10 seconds, is a failure."""
+    """load()'s result, or None if one line that names the file refuses it.
+
+    Anything else is a failure, and so are 10 seconds without an end.
+    """
     signal.signal(signal.SIGALRM, hang)
     signal.alarm(10)
     try:
@@ -53,7 +61,10 @@ def refused(load, path, case):
 
 
 def mutated(rng, good, other):
-    """One to three changes of the bytes of a file: flips, cuts, insertions, blocks twice, zeroed or left out, the end of another."""
+    """One to three changes of the bytes of a file.
+
+    Flips, cuts, insertions, blocks doubled, zeroed or left out, the end of another file.
+    """
     b = bytearray(good)
     for _ in range(rng.integers(1, 4)):
         at = int(rng.integers(len(b) + 1))
@@ -77,9 +88,10 @@ def mutated(rng, good, other):
 
 
 def settled(kind, counts):
-    """Tells the counts, of which a mutator that does nothing, or refuses all, has too few."""
+    """Print the counts. A mutator that does nothing, or spoils everything, has too few of one."""
     print(
-        f"\n{kind}: {sum(counts.values())} cases, {counts['correct']} correct, {counts['refused']} refused, 0 other"
+        f"\n{kind}: {sum(counts.values())} cases, {counts['correct']} correct, "
+        f"{counts['refused']} refused, 0 other"
     )
     assert (
         sum(counts.values()) >= CASES and min(counts["correct"], counts["refused"]) >= CASES // 20
@@ -93,7 +105,10 @@ def written(picture, **options):
 
 
 def png_of_bits(values, depth, kind):
-    """A PNG of samples (H, W, channels) of `depth` bit; kind 0 is grey, 2 is RGB. Pillow writes none of 2, 4 or 3 x 16."""
+    """A PNG of samples (H, W, channels) of `depth` bit; kind 0 is grey, 2 is RGB.
+
+    Pillow does not write 2 and 4 bit, nor 3 x 16.
+    """
     bits = np.unpackbits(values.astype(">u2").view(np.uint8).reshape(*values.shape, 2), axis=3)[
         ..., 16 - depth :
     ]
@@ -131,7 +146,10 @@ UPRIGHT = {
 
 
 def drawn_image(rng, h, w, mode, form, turn):
-    """(bytes, what they should be decoded to: (H, W, 3) uint8, or None to be refused, or Ellipsis where Pillow is to say)."""
+    """The bytes, and the array (H, W, 3) uint8 that they should give.
+
+    None instead of the array: they should be refused. Ellipsis: ask Pillow.
+    """
     colors, v = noise(256, 3, rng)[..., 0], noise(h, w, rng, 4)
     channels = {"RGB": 3, "RGBA": 4, "CMYK": 4, "LA": 2}.get(mode, 1)
     stored = {
@@ -165,7 +183,10 @@ def drawn_image(rng, h, w, mode, form, turn):
 
 
 def drawn_bits(rng, h, w):
-    """As drawn_image, of the depths that Pillow does not write: grey is scaled to 255, of 16 bit the high byte counts."""
+    """As drawn_image, with the depths that Pillow does not write.
+
+    Grey is scaled to 255; of 16 bit the high byte counts.
+    """
     depth, kind = ((2, 0), (4, 0), (16, 2))[rng.integers(3)]
     values = rng.integers(0, 2**depth, (h, w, 3 if kind else 1))
     shown = values // 256 if kind else (values * 255 // (2**depth - 1)).repeat(3, 2)
@@ -174,7 +195,10 @@ def drawn_bits(rng, h, w):
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning:PIL")
 def test_mutated_images(tmp_path):
-    """PNG has checksums: the image that was written, or refused. The others: what Pillow decodes, or refused."""
+    """A PNG, which has checksums, gives the image that was written, or is refused.
+
+    Another format gives what Pillow decodes, or is refused.
+    """
     path, counts = tmp_path / "an image", Counter()
     for number in range(CASES):
         rng = RNG((1, number))
@@ -195,7 +219,7 @@ def test_mutated_images(tmp_path):
             else raw
         )
         got, case = (
-            refused(lambda: data.decode_image(path), path, f"image {number}"),
+            refused(lambda: decode.decode_image(path), path, f"image {number}"),
             f"image {number}: {form} {mode}",
         )
         counts["refused" if got is None else "correct"] += 1
@@ -205,7 +229,7 @@ def test_mutated_images(tmp_path):
         assert (
             got.dtype == np.uint8 and got.ndim == 3 and got.shape[2] == 3 and right is not None
         ), case
-        if changed and form != "PNG" or right is ...:
+        if (changed and form != "PNG") or right is ...:
             with Image.open(io.BytesIO(path.read_bytes())) as image:
                 image.info.pop("transparency", None)
                 right = second = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
@@ -217,15 +241,13 @@ def test_mutated_images(tmp_path):
     settled("images", counts)
 
 
+CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 LABEL_VALUES = {  # of each data set: stored value to train id, those that may be
     "folder": {0: 0, 1: 1, 2: 2, 255: 255},
     "ade20k": {0: 255, **{v: v - 1 for v in range(1, 151)}},
     "cityscapes": {
         **dict.fromkeys([*range(34), 255], 255),
-        **{
-            int(v): i
-            for i, v in enumerate("7 8 11 12 13 17 19 20 21 22 23 24 25 26 27 28 31 32 33".split())
-        },
+        **{label_id: i for i, label_id in enumerate(CITYSCAPES_IDS)},
     },
 }
 
@@ -268,7 +290,10 @@ def drawn_label(rng, h, w, name, store):
 
 
 def test_mutated_labels(tmp_path):
-    """The value table's result of the array that was written, or refused: where it holds what may not be, always."""
+    """A label gives the train ids of the values that were written, or is refused.
+
+    With a value that is not allowed it is always refused.
+    """
     path, counts = tmp_path / "a label", Counter()
     sets = {
         name: data.DataSet(
@@ -277,7 +302,7 @@ def test_mutated_labels(tmp_path):
             *(
                 (("a", "b", "c"), ((255, 0, 0), (0, 255, 0), (0, 0, 255)))
                 if name == "folder"
-                else data._classes(name, None)
+                else classes.classes_of(name, Path())
             ),
             (),
         )
@@ -311,19 +336,15 @@ def test_mutated_labels(tmp_path):
         changed = number % 3 > 0
         path.write_bytes(mutated(rng, raw, other) if changed else raw)
         save(tmp_path / "image.png", noise(h, w))
-        got = refused(
-            lambda: data.decode(sets[name], data.Item(tmp_path / "image.png", path))[1],
-            path,
-            f"label {number}",
-        )
+        dataset = replace(sets[name], items=(data.Item(tmp_path / "image.png", path),))
+        got = refused(partial(data.read, dataset, 0), path, f"label {number}")
         case = f"label {number}: {name} {store}"
         counts["refused" if got is None else "correct"] += 1
         if got is None:
             assert changed or right is None, case
         else:
-            assert got.dtype == np.uint8 and any(
-                r is not None and np.array_equal(got, r) for r in (right, second)
-            ), case
+            assert got[1].dtype == np.uint8, case
+            assert any(r is not None and np.array_equal(got[1], r) for r in (right, second)), case
     settled("labels", counts)
 
 
@@ -380,7 +401,7 @@ ENCODINGS = ("utf-8", "utf-8", "utf-8", "utf-8-sig", "utf-16", "utf-32", "cp1251
 
 
 def test_mutated_class_lists(tmp_path):
-    path, counts, defaults = tmp_path / "classes.txt", Counter(), data.palette(255)
+    path, counts, defaults = tmp_path / "classes.txt", Counter(), classes.palette(255)
     for number in range(CASES):
         rng = RNG((7, number))
         many = int(rng.integers(240, 260)) if number % 10 == 0 else 0
@@ -397,7 +418,7 @@ def test_mutated_class_lists(tmp_path):
         )
         path.write_bytes(mutated(rng, raw, b"a 1 2 3\nb 4 5 6\n") if number % 3 == 0 else raw)
         got, right = (
-            refused(lambda: data.read_classes(path), path, f"class list {number}"),
+            refused(lambda: classes.read_classes(path), path, f"class list {number}"),
             parsed_classes(path.read_bytes()),
         )
         counts["refused" if got is None else "correct"] += 1
@@ -532,7 +553,10 @@ def warp(rng, tensor):
 
 
 def spoiled(rng, value, depth=0):
-    """The nested value with one thing in it replaced, left out, added or warped; anywhere, the top fields as often as the deep."""
+    """The nested value with one thing in it replaced, left out, added or warped.
+
+    The top fields are drawn as often as the deep ones.
+    """
     if isinstance(value, dict) and value and depth < 3 and rng.random() < 0.95:
         value, keys = dict(value), list(value)
         key, kind = keys[rng.integers(len(keys))], rng.integers(8)
@@ -547,8 +571,8 @@ def spoiled(rng, value, depth=0):
         at = int(rng.integers(len(value)))
         return [
             value[:at] + value[at + 1 :],
-            value + [garbage(rng)],
-            value[:at] + [spoiled(rng, value[at], 2)] + value[at + 1 :],
+            [*value, garbage(rng)],
+            [*value[:at], spoiled(rng, value[at], 2), *value[at + 1 :]],
         ][rng.integers(3)]
     return (
         warp(rng, value) if isinstance(value, torch.Tensor) and rng.random() < 0.7 else garbage(rng)
@@ -556,7 +580,10 @@ def spoiled(rng, value, depth=0):
 
 
 def alike(a, b, within=()):
-    """Whether two nested values are the same, tensors bit for bit and of one type. within: those that these lie in, be it in themselves."""
+    """Whether two nested values are the same, tensors bit for bit and of one type.
+
+    within: the values around these; a value can lie in itself.
+    """
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         plain = all(
             t.layout is torch.strided and t.device.type == "cpu" and t.numel() < 10**6
@@ -574,11 +601,11 @@ def alike(a, b, within=()):
         return len(a) == len(b) and (
             id(a) in within or all(alike(x, y, (*within, id(a))) for x, y in pairs)
         )
-    return a == b or a != a and b != b
+    return a == b or (a != a and b != b)
 
 
 def usable(net, checkpoint, case):
-    """What a network that was loaded must be: all that the file says, and such that the scripts can use it."""
+    """A network that was loaded is what the file says, and the scripts can use it."""
     assert asdict(net.config) == checkpoint["config"] and not net.training, case
     state = net.state_dict()
     assert all(
@@ -603,7 +630,10 @@ def usable(net, checkpoint, case):
 
 
 def zipped_again(rng, raw, other):
-    """The file with its pickle mutated and the checksums made right, now and then with all entries compressed."""
+    """The file with its pickle mutated and the checksums made right.
+
+    Now and then all entries are compressed.
+    """
     file = io.BytesIO()
     with (
         zipfile.ZipFile(io.BytesIO(raw)) as old,
@@ -618,14 +648,17 @@ def zipped_again(rng, raw, other):
 
 
 def test_mutated_checkpoints(tmp_path, monkeypatch, stub):
-    """The weights and fields that were written, or refused; where the mutation has right checksums, those that torch reads."""
+    """A checkpoint gives the weights and fields that were written, or is refused.
+
+    If the mutated file has right checksums, it gives those that torch reads.
+    """
     monkeypatch.chdir(tmp_path)
     path, counts = tmp_path / "a checkpoint.pt", Counter()
     whole = [small_checkpoint(seed) for seed in (1, 2)]
     raws = []
-    for checkpoint in whole:
+    for fields in whole:
         file = io.BytesIO()
-        torch.save(checkpoint, file)
+        torch.save(fields, file)
         raws.append(file.getvalue())
     for number in range(CASES):
         rng, case, legal = RNG((8, number)), f"checkpoint {number}", whole

@@ -23,9 +23,10 @@ import checkpoint
 import data
 import evaluate
 import recipe
-import run
+import run as a_run
 import runtime
 import train
+from run import restore, start_run
 from runtime import InputError
 
 
@@ -48,7 +49,6 @@ def test_a_run_leaves_its_four_files(run_folder):
         "epoch",
         "step",
         "lr",
-        "skipped",
         "loss",
         "loss_res2",
         "loss_res3",
@@ -66,17 +66,12 @@ def test_a_run_leaves_its_four_files(run_folder):
 
 def test_the_line_fits_its_terminal(run_folder, street, tmp_path, monkeypatch, capsys, stub):
     """What is longer than a row could not be taken back by the next line."""
-    monkeypatch.setattr(train, "on_terminal", lambda stream: True)
-    monkeypatch.setattr(train.shutil, "get_terminal_size", lambda: os.terminal_size((80, 24)))
+    monkeypatch.setattr(runtime, "on_terminal", lambda stream: True)
+    monkeypatch.setattr(runtime.shutil, "get_terminal_size", lambda: os.terminal_size((80, 24)))
     assert trained(tmp_path / "r", street) == 0
-    lines = [
-        line for line in re.split("\r\033\\[K|\n", capsys.readouterr().out) if line.startswith("[")
-    ]
-    assert (
-        len(lines) == 6
-        and all(len(line) == 79 for line in lines)
-        and lines[2].startswith("[" + 10 * "#" + 10 * "." + "] epoch 1/2")
-    )
+    lines = [line for line in capsys.readouterr().out.split("\r\033[K") if "step" in line]
+    assert len(lines) == 6 and all(len(line) == 79 for line in lines)
+    assert lines[2].startswith("epoch 1/2  step 3/6  loss")
 
 
 @pytest.mark.slow
@@ -191,6 +186,12 @@ class Full:
 write = runtime.write
 
 
+def writes_are(monkeypatch, function):
+    """What a training writes, it writes by this function."""
+    for module in (checkpoint, a_run, train):
+        monkeypatch.setattr(module, "write", function)
+
+
 def test_full_disk_at_each_write(street, tmp_path, monkeypatch, capsys, stub):
     """Whichever write fails, a loadable checkpoint is there afterwards, and the run goes on and ends the same."""
     assert trained(tmp_path / "whole", street, "--epochs", 1) == 0
@@ -206,7 +207,7 @@ def test_full_disk_at_each_write(street, tmp_path, monkeypatch, capsys, stub):
                 lambda f: f.write(b"part") and save(Full()) if len(writes) == nth + 1 else save(f),
             )
 
-        monkeypatch.setattr(train, "write", full)
+        writes_are(monkeypatch, full)
         status = trained(out, street, "--epochs", 1)
         assert (
             writes[nth] == name
@@ -465,10 +466,13 @@ def test_a_file_size_limit_of_the_system(street, tmp_path, capsys, stub):
 
 
 def test_stopped_with_a_full_disk_is_not_told_as_saved(street, tmp_path, monkeypatch, capsys, stub):
-    monkeypatch.setattr(train, "write", lambda path, save: save(Full()))
-    monkeypatch.setattr(
-        train, "train_step", lambda run, *rest: os.kill(os.getpid(), signal.SIGTERM)
-    )
+    writes_are(monkeypatch, lambda path, save: save(Full()))
+
+    def stopping(run, *rest):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return torch.zeros(3)
+
+    monkeypatch.setattr(train, "train_step", stopping)
     assert trained(tmp_path / "r", street) == 143
     assert "SIGTERM at step 1, not saved" in capsys.readouterr().err
 
@@ -483,7 +487,7 @@ def no_room_at_first(monkeypatch, name):
             raise OSError(28, "No space left on device")
         return write(path, save)
 
-    monkeypatch.setattr(train, "write", full)
+    writes_are(monkeypatch, full)
 
 
 def test_the_best_that_a_full_disk_lost_is_not_told_as_best(
@@ -493,11 +497,11 @@ def test_the_best_that_a_full_disk_lost_is_not_told_as_best(
     monkeypatch.setattr(
         train,
         "validate",
-        lambda run, net: {"miou": next(rising), "accuracy": 1.0, "iou": [0.5] * 3},
+        lambda run, net: {"miou": next(rising), "accuracy": 1.0, "iou": {"red": 0.5}},
     )
     no_room_at_first(monkeypatch, "best.pt")
     assert trained(tmp_path / "r", street, "--epochs", 3) == 0
-    assert "best.pt (mIoU 0.4000)" in capsys.readouterr().out
+    assert "best.pt (mIoU 40.00 %)" in capsys.readouterr().out
     best, last = (
         checkpoint.read_checkpoint(tmp_path / "r" / name) for name in ("best.pt", "last.pt")
     )
@@ -552,7 +556,7 @@ def test_two_trainings_in_one_folder(street, tmp_path, stub):
         while not (tmp_path / "r" / "last.pt").exists():
             assert first.is_alive()
             time.sleep(0.05)
-        with pytest.raises(runtime.InputError, match="another training is writing"):
+        with pytest.raises(InputError, match="another training is writing"):
             trained(tmp_path / "r", street, "--epochs", 2000)
     finally:
         first.kill()
@@ -561,7 +565,7 @@ def test_two_trainings_in_one_folder(street, tmp_path, stub):
 
 def test_resume_into_the_folder_of_another_run(run_folder, street, tmp_path, stub):
     assert trained(tmp_path / "r", street, "--seed", 5, "--epochs", 1) == 0
-    with pytest.raises(runtime.InputError, match="holds a run of other settings"):
+    with pytest.raises(InputError, match="holds a run of other settings"):
         trained(tmp_path / "r", street, "--resume", run_folder / "last.pt")
     (tmp_path / "r" / "last.pt").unlink()
     assert trained(tmp_path / "s", street, "--epochs", 2, "--eval-every", 2) == 0
@@ -570,8 +574,8 @@ def test_resume_into_the_folder_of_another_run(run_folder, street, tmp_path, stu
     args = recipe.parse_training(
         [*TINY, "--root", str(street), "--out", str(tmp_path / "s"), "--eval-every", "2"], 1
     )
-    run = run.start_run(args, 0, 1, CPU)
-    run.restore(run)
+    run = start_run(args, 0, 1, CPU)
+    restore(run)
     assert run.step == 6 and run.best is None  # that best.pt is another run's
 
 
@@ -604,10 +608,11 @@ def test_a_file_that_breaks_stops_every_rank_with_one_line(street, tmp_path, stu
     assert torch.load(tmp_path / "r" / "last.pt", weights_only=True)["step"] == 2
 
 
-@pytest.mark.parametrize("where", ["agree", "train_step", "mean_in_rank_order", "validate"])
+@pytest.mark.parametrize("where", ["next_batch", "train_step", "mean_in_rank_order", "validate"])
 def test_a_rank_that_is_killed_is_a_line_on_the_other(where, street, tmp_path, monkeypatch, stub):
     """By the kernel, for want of memory: no traceback, no waiting."""
-    function = getattr(train, where)
+    module = a_run if where == "mean_in_rank_order" else train
+    function = getattr(module, where)
 
     @wraps(function)  # DDP looks at its hook's signature
     def killed(*args, **kwargs):
@@ -615,7 +620,7 @@ def test_a_rank_that_is_killed_is_a_line_on_the_other(where, street, tmp_path, m
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*args, **kwargs)
 
-    monkeypatch.setattr(train, where, killed)
+    monkeypatch.setattr(module, where, killed)
     status, text = ranks(
         2, train.main, *TINY, "--root", street, "--out", tmp_path / "r", said=tmp_path / "said"
     )
