@@ -5,8 +5,6 @@ run's folder holds last.pt, the one before it (last.prev.pt), best.pt, and with 
 weights, ema.pt.
 """
 
-from __future__ import annotations
-
 import os
 import warnings
 import zipfile
@@ -60,7 +58,7 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def write_last(out: Path, state: dict[str, Any]) -> None:
-    """Write last.pt and keep the one before; averaged weights as ema.pt. OSError if the disk is full."""
+    """Write last.pt, keep the one before, and write averaged weights as ema.pt."""
     if state["ema"] is not None:
         # No training can go on from averaged weights, so their settings differ from the run's.
         settings = state["settings"] | {"averaged": True}
@@ -81,9 +79,7 @@ def finish_save(out: Path) -> None:
 
 
 def read_last(out: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint of a run's folder; None if there is none at all. InputError if
-    none is whole.
-    """
+    """A run's newest whole checkpoint; None if there is none. InputError if none is whole."""
     found = [p for p in (out / "last.pt", out / "last.prev.pt") if p.exists()]
     for path in found:
         try:
@@ -120,9 +116,7 @@ def read_checkpoint(path: str | Path, fields: dict[str, Any] = FIELDS) -> dict[s
 
 
 def read_pickle(path: str | Path) -> Any:
-    """What torch.save wrote, with the zip's checksums verified: torch.load does not look at
-    them.
-    """
+    """What torch.save wrote. The zip's checksums are verified, which torch.load does not do."""
     try:
         regular_file(path)
         with zipfile.ZipFile(path) as z, warnings.catch_warnings():
@@ -145,9 +139,7 @@ def read_pickle(path: str | Path) -> Any:
 
 
 def has_type(value: Any, kind: Any) -> bool:
-    """Whether a value has a type; [type] and {type: type} stand for all that a list or a dict
-    holds.
-    """
+    """Whether a value has a type; [t] and {k: t} stand for all that a list or a dict holds."""
     if isinstance(kind, list):
         return isinstance(value, list) and all(has_type(v, kind[0]) for v in value)
     if isinstance(kind, dict):
@@ -213,9 +205,7 @@ def load_network(
 
 
 def check_model(model: Mapping[str, Tensor], blank: nn.Module, size: int) -> None:
-    """ValueError if these weights do not fit the network, are not finite, or exceed the file's size
-    in bytes.
-    """
+    """ValueError if the weights do not fit, are not finite, or exceed the file's size in bytes."""
     dnl.check_fit(blank, model, "the model")
     own = blank.state_dict()
     for name, t in model.items():
@@ -230,9 +220,7 @@ def check_model(model: Mapping[str, Tensor], blank: nn.Module, size: int) -> Non
 def open_like(
     checkpoint: dict[str, Any], data: str | None, root: str | None, split: str, source: str
 ) -> DataSet:
-    """The data set that a checkpoint was trained on, or the named one. InputError if the classes
-    differ.
-    """
+    """The data set of a checkpoint, or the named one. InputError if the classes differ."""
     if data is None:
         data, root = checkpoint["data"], root or checkpoint["root"]
     dataset = open_dataset(data, root, split)

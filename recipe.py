@@ -3,8 +3,6 @@
 Settings of each data set, flags, schedule, losses, and what makes two runs equal.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math
@@ -161,9 +159,7 @@ def extra_flags(p: Parser) -> None:
 
 
 def parse_training(argv: Sequence[str] | None, world: int) -> argparse.Namespace:
-    """The arguments of train.py, with the defaults of --data. InputError if they cannot be trained
-    with.
-    """
+    """The arguments of train.py, with the defaults of --data. InputError if they do not fit."""
     args = training_parser().parse_args(argv)
     settings = asdict(SETTINGS[args.data])
     if args.data == "cityscapes" and args.split == "trainval":
@@ -253,9 +249,7 @@ def configuration(args: argparse.Namespace, num_classes: int) -> dnl.Config:
 def settings_of(
     args: argparse.Namespace, data: DataSet, class_weights: Tensor | None
 ) -> dict[str, Any]:
-    """What shapes the result: flags, number and names of the images, classes. Equal settings give
-    equal weights.
-    """
+    """What shapes the result: flags, images, classes. Equal settings give equal weights."""
     settings = {k: v for k, v in vars(args).items() if k not in OPERATIONAL.split()}
     top = os.path.join(Path(args.root or ""), "")  # as in the names, however --root is spelt
     names = "\n".join(str(item.image).removeprefix(top) for item in data.items)
@@ -268,9 +262,7 @@ def settings_of(
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of torch's generator in a step. So no random state needs to be saved, for
-    dropout.
-    """
+    """The seed of a step, for dropout: so no random state needs to be saved."""
     return int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
 
 

@@ -1,7 +1,5 @@
 """A training run: what it carries from step to step, how it starts, is saved and goes on."""
 
-from __future__ import annotations
-
 import argparse
 import fcntl
 import json
@@ -46,9 +44,7 @@ from runtime import (
 
 @dataclass
 class Run:
-    """What training carries from step to step. `state_of` makes a checkpoint of it, `restore` reads
-    one.
-    """
+    """What training carries from step to step. `state_of` and `restore` save and read it."""
 
     args: argparse.Namespace
     data: DataSet
@@ -126,9 +122,7 @@ def start_run(args: argparse.Namespace, rank: int, world: int, device: torch.dev
 def make_network(
     args: argparse.Namespace, num_classes: int, rank: int, world: int, device: torch.device
 ) -> dnl.Network:
-    """The network at its start. InputError if the flags make none, or too small a batch for its
-    BatchNorms.
-    """
+    """The network at its start. InputError if the flags make none, or too small a batch."""
     sync = world > 1 and device.type == "cuda"
     images = args.batch // args.accumulate  # that a BatchNorm sees at a time
     if not sync:
@@ -152,9 +146,7 @@ def make_network(
 
 
 def fill_backbone(net: dnl.Network, args: argparse.Namespace) -> None:
-    """Fill the backbone from --weights. InputError if the file is missing, broken or of another
-    network.
-    """
+    """Fill the backbone from --weights. InputError if the file is missing, broken or another's."""
     remedy = "expected a file of torchvision's for this backbone, or a checkpoint of train.py"
     if args.weights == "imagenet":
         remedy = "if nothing can be downloaded, give --weights FILE"
@@ -216,9 +208,7 @@ def mean_in_rank_order(state, bucket):  # no annotations: DDP refuses those that
 
 @contextmanager
 def locked_folder(path: Path) -> Iterator[None]:
-    """Make the run's folder and lock it. InputError if that fails or another training has the
-    lock.
-    """
+    """Make the run's folder and lock it. InputError if another training has the lock."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         # A pipe of that name must not block, a link must not be followed.
@@ -309,9 +299,7 @@ def write_log(run: Run) -> None:
 
 
 def check_finite(run: Run) -> None:
-    """Raise InputError on all ranks if a loss since the last check is not finite. Waits for the
-    GPU.
-    """
+    """InputError on all ranks if a loss since the last check is not finite. Waits for the GPU."""
     failure = None
     for step, share in run.recent:
         if failure is None and not share.isfinite().all():
@@ -339,9 +327,7 @@ def not_finite(run: Run, step: int, what: str) -> InputError:
 
 
 def restore(run: Run) -> None:
-    """Go on from a checkpoint, if there is one. InputError if its settings differ, which it
-    names.
-    """
+    """Go on from a checkpoint, if there is one. InputError if its settings differ."""
     found = find_checkpoint(run)
     if found is None:
         return
@@ -373,9 +359,7 @@ def restore(run: Run) -> None:
 
 
 def find_checkpoint(run: Run) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint of --resume; for auto the newest whole one of the run's folder, if there is
-    one.
-    """
+    """The checkpoint of --resume; for auto the newest whole one of the run's folder."""
     if run.args.resume == "auto":
         return read_last(run.args.out)
     there = read_if_readable(run.args.out / "last.pt")

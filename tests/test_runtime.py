@@ -33,13 +33,13 @@ def test_exit_status_and_one_line(street, tmp_path):
     [
         ({"RANK": "a"}, "RANK='a'"),
         ({"WORLD_SIZE": "2"}, "start with torchrun"),
-        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE -1"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE='-1'"),
         ({"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, "start with torchrun"),
         (
             {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "abc"},
             "MASTER_PORT='abc'",
         ),
-        ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, "RANK 2"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, "RANK='2'"),
     ],
     ids=str,
 )

@@ -293,7 +293,7 @@ def test_ohem_is_the_mean_over_the_hard_pixels_of_all_ranks(
     street, tmp_path, monkeypatch, stub, weighted
 ):
     """Two ranks print the loss of one, which is the mean of the pixels of a loss above 1, weighted where weights are given."""
-    monkeypatch.setattr(train, "ohem_mask", lambda pixels: pixels > 1)
+    monkeypatch.setattr(recipe, "ohem_mask", lambda pixels: pixels > 1)
     (tmp_path / "w.json").write_text(
         json.dumps(
             {"classes": ["red", "green", "blue"], "splits": {"train": {"weights": [0.5, 1.0, 2.0]}}}
