@@ -28,7 +28,7 @@ def trained(checkpoint: str, context: str | None = None) -> dnl.Network:
 
     context: MODULE:FACTORY again, where training was given one. `data.InputError`, a ValueError, for a file that is none.
     """
-    from evaluate import (
+    from checkpoint import (
         load_network,  # here, since it brings modules of common names: data, runtime
     )
 

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 
 import pytest
@@ -76,7 +76,9 @@ def test_the_line_fits_its_terminal(run_folder, street, tmp_path, monkeypatch, c
 
 @pytest.mark.slow
 def test_training_learns(street, tmp_path):
-    """Colour alone separates these classes: a network that cannot learn them in 30 steps is broken."""
+    """Colour alone separates these classes: a network that cannot learn them in 30 steps is
+    broken.
+    """
     assert trained(tmp_path / "r", street, "--epochs", 10, "--lr", 0.05, "--eval-every", 10) == 0
     lines = [json.loads(x) for x in (tmp_path / "r" / "log.jsonl").read_text().splitlines()[1:]]
     assert (
@@ -96,7 +98,9 @@ def test_training_learns(street, tmp_path):
     ],
 )
 def test_stopped_and_resumed_is_the_uninterrupted_run(street, tmp_path, monkeypatch, flags, capsys):
-    """Stopped by a signal within an epoch (twice), resumed by the same command; the released preset has dropout."""
+    """Stopped by a signal within an epoch (twice), resumed by the same command; the released preset
+    has dropout.
+    """
     assert trained(tmp_path / "whole", street, *flags) == 0
     step, stops = train.train_step, [1, 3]
 
@@ -119,7 +123,9 @@ def test_stopped_and_resumed_is_the_uninterrupted_run(street, tmp_path, monkeypa
 
 
 def test_two_ranks_go_on_where_one_was(street, tmp_path, capsys, monkeypatch, stub):
-    """Dead after step 5 on one rank, ended on two; the mIoU that two ranks logged is what one rank evaluates."""
+    """Dead after step 5 on one rank, ended on two; the mIoU that two ranks logged is what one rank
+    evaluates.
+    """
     step = train.train_step
 
     def dying(run, *rest):
@@ -144,7 +150,9 @@ def test_two_ranks_go_on_where_one_was(street, tmp_path, capsys, monkeypatch, st
 def test_three_ranks_stopped_and_resumed_are_the_uninterrupted_three(
     street, tmp_path, monkeypatch, stub
 ):
-    """Of three on the order of a sum of gradients matters, and DDP changes its own after a process's first step."""
+    """Of three on the order of a sum of gradients matters, and DDP changes its own after a
+    process's first step.
+    """
     flags, step = [*TINY, "--root", street, "--batch", 6], train.train_step
 
     def stopped(run, *args):
@@ -193,28 +201,27 @@ def writes_are(monkeypatch, function):
 
 
 def test_full_disk_at_each_write(street, tmp_path, monkeypatch, capsys, stub):
-    """Whichever write fails, a loadable checkpoint is there afterwards, and the run goes on and ends the same."""
+    """Whichever write fails, a loadable checkpoint is there afterwards, and the run goes on and
+    ends the same.
+    """
     assert trained(tmp_path / "whole", street, "--epochs", 1) == 0
     for nth, name in enumerate(
         ("new.pt", "log.jsonl", "best.pt", "new.pt", "log.jsonl", "val.png")
     ):
         out, writes = tmp_path / f"r{nth}", []
-
-        def full(path, save):
-            writes.append(path.name)
-            return write(
-                path,
-                lambda f: f.write(b"part") and save(Full()) if len(writes) == nth + 1 else save(f),
-            )
-
-        writes_are(monkeypatch, full)
+        writes_are(monkeypatch, partial(full_at, nth, writes))
         status = trained(out, street, "--epochs", 1)
-        assert (
-            writes[nth] == name
-            and "No space left" in capsys.readouterr().err
-            and not list(out.glob("*.part"))
-        )
+        assert writes[nth] == name and "No space left" in capsys.readouterr().err
+        assert not list(out.glob("*.part"))
         assert status == (name == "val.png") and same_run(tmp_path / "whole", out)
+
+
+def full_at(nth, writes, path, save):
+    """Write, but the nth of the writes fails half-way; their names are kept in the list."""
+    writes.append(path.name)
+    if len(writes) == nth + 1:
+        return write(path, lambda f: f.write(b"part") and save(Full()))
+    return write(path, save)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -286,7 +293,9 @@ def whole(process):
 
 @pytest.mark.slow
 def test_killed_twenty_times_is_the_uninterrupted_run(street, tmp_path):
-    """SIGKILL at random moments, the same command again each time: the weights, optimizer and log of the run left alone."""
+    """SIGKILL at random moments, the same command again each time: the weights, optimizer and log
+    of the run left alone.
+    """
     import torch._dynamo  # noqa: F401  else each start would, and most moments would fall into that
 
     flags = [*TINY, "--root", street, "--epochs", 6, "--save-every", 1, "--out"]
@@ -313,7 +322,9 @@ def test_killed_twenty_times_is_the_uninterrupted_run(street, tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_stopped_and_killed_are_the_uninterrupted_two(street, tmp_path):
-    """SIGTERM to torchrun: both ranks save the same step. Then --max-restarts 3 and each time one rank killed."""
+    """SIGTERM to torchrun: both ranks save the same step. Then --max-restarts 3 and each time one
+    rank killed.
+    """
     flags = [*TINY, "--root", street, "--epochs", 4, "--save-every", 1]
     assert ranks(2, train.main, *flags, "--out", tmp_path / "whole", said=tmp_path / "said")[0] == [
         0,
@@ -395,7 +406,9 @@ def test_killed_while_validating_repeats_only_that(street, tmp_path, monkeypatch
 def test_a_signal_while_validating_stops_every_rank_at_the_image(
     street, tmp_path, monkeypatch, stub, world
 ):
-    """Told as saved, which it was before validating; the same command repeats validation alone, to the same bits."""
+    """Told as saved, which it was before validating; the same command repeats validation alone, to
+    the same bits.
+    """
     assert (
         ranks(
             world,
@@ -438,7 +451,9 @@ def test_a_signal_while_validating_stops_every_rank_at_the_image(
 
 @pytest.mark.parametrize("moved", [False, True])
 def test_killed_between_the_two_renames(street, tmp_path, capsys, moved, stub):
-    """new.pt is whole and last.pt the one before, still there or already last.prev.pt: the run goes on from new.pt."""
+    """new.pt is whole and last.pt the one before, still there or already last.prev.pt: the run goes
+    on from new.pt.
+    """
     assert trained(tmp_path / "whole", street) == 0
     out = tmp_path / "r"
     shutil.copytree(tmp_path / "whole", out)
@@ -451,7 +466,9 @@ def test_killed_between_the_two_renames(street, tmp_path, capsys, moved, stub):
 
 
 def test_a_file_size_limit_of_the_system(street, tmp_path, capsys, stub):
-    """Writes that fail half-way by RLIMIT_FSIZE: the run trains to its end, says so, and the same command then writes all."""
+    """Writes that fail half-way by RLIMIT_FSIZE: the run trains to its end, says so, and the same
+    command then writes all.
+    """
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     assert trained(tmp_path / "whole", street) == 0
     try:
@@ -529,7 +546,9 @@ def test_nobody_listens(street, tmp_path, monkeypatch, stub):
 
 
 def test_training_on_a_full_disk_behind_its_output_keeps_its_status(street, tmp_path, monkeypatch):
-    """A process of its own, its output buffered: neither a loader's start, which flushes, nor the interpreter's end is the worse for it."""
+    """A process of its own, its output buffered: neither a loader's start, which flushes, nor the
+    interpreter's end is the worse for it.
+    """
     monkeypatch.setenv("PYTHONUNBUFFERED", "")
     command = [
         sys.executable,
@@ -580,7 +599,9 @@ def test_resume_into_the_folder_of_another_run(run_folder, street, tmp_path, stu
 
 
 def test_a_file_that_breaks_stops_every_rank_with_one_line(street, tmp_path, stub):
-    """Two ranks; images of later steps are not images: exit status 2, the name, no traceback of ours, and what was saved stays."""
+    """Two ranks; images of later steps are not images: exit status 2, the name, no traceback of
+    ours, and what was saved stays.
+    """
     root = tmp_path / "street"
     shutil.copytree(street, root)
     first = {i for step in range(2) for _, i in data.step_items(step, seed=0, n=12, batch=4)}
