@@ -24,7 +24,16 @@ from torch import Tensor, nn
 import recipe
 from data import IGNORE, color_jitter, normalize, train_batches
 from evaluate import evaluate, iou_table, scores
-from run import Run, check_finite, connect, locked_folder, restore, save, start_run
+from run import (
+    Run,
+    check_finite,
+    check_ranks_agree,
+    connect,
+    locked_folder,
+    restore,
+    save,
+    start_run,
+)
 from runtime import (
     AMP,
     InputError,
@@ -58,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 stack.enter_context(locked_folder(args.out))
                 for text in recipe.recipe_warnings(args):
                     print_line(f"note: {text}", error=True)
+        check_ranks_agree(run)
         connect(run)
         with fail_on_all_ranks():
             restore(run)

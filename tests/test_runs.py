@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CPU, ROOT, TINY, forked, ranks, same_run, same_state, trained
+from helpers import CPU, ROOT, TINY, forked, free_port, ranks, same_run, same_state, trained
 from PIL import Image
 
 import checkpoint
@@ -658,3 +658,59 @@ def test_deterministic_gives_the_same_bits_twice(street, tmp_path):
     finally:
         torch.use_deterministic_algorithms(False)
     assert same_run(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("flags", [["--seed", 1], ["--save-every", 1], ["--out", "other"]], ids=str)
+def test_ranks_of_different_flags_end_with_a_line_each(street, tmp_path, monkeypatch, stub, flags):
+    monkeypatch.chdir(tmp_path)
+    port, own = free_port(), [[], flags]
+    processes = [
+        forked(
+            train.main,
+            *TINY,
+            "--root",
+            street,
+            "--out",
+            "r",
+            *own[r],
+            said=f"said{r}",
+            rank=r,
+            world=2,
+            port=port,
+        )
+        for r in range(2)
+    ]
+    for p in processes:
+        p.join(60)
+        p.kill()
+    texts = [Path(f"said{r}").read_text() for r in range(2)]
+    assert [p.exitcode for p in processes] == [2, 2], texts
+    assert all(len(text.splitlines()) == 1 for text in texts), texts
+    name = flags[0][2:].replace("-", "_")
+    assert "rank 1: differs from rank 0: " + name in texts[1] and "rank 0: stopped" in texts[0]
+    assert not list(tmp_path.glob("*/last.pt"))
+
+
+MASKED = """import torch
+class Masked(torch.nn.Module):
+    def __init__(self, channels, num_classes):
+        super().__init__()
+        self.register_buffer("mask", torch.full((1,), -torch.inf))
+        SPARE
+    def forward(self, x):
+        return torch.maximum(x, self.mask)
+"""
+
+
+def test_a_context_may_have_an_infinite_mask_but_no_spare_parameter(street, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "masked.py").write_text(MASKED.replace("SPARE", ""))
+    spare = MASKED.replace("SPARE", "self.scale = torch.nn.Parameter(torch.ones(1))")
+    (tmp_path / "spare.py").write_text(spare)
+    flags = ("--epochs", 1, "--context")
+    assert trained(tmp_path / "r", street, *flags, "masked:Masked") == 0
+    assert evaluate.main([str(tmp_path / "r/last.pt"), "--context", "masked:Masked"]) == 0
+    line = "no output depends on context.scale: use"
+    with pytest.raises(InputError, match=line):
+        trained(tmp_path / "s", street, *flags, "spare:Masked")
+    assert not (tmp_path / "s").exists()
