@@ -32,6 +32,7 @@ from checkpoint import (
 from data import DataSet, open_dataset, step_items
 from recipe import check_network, configuration, rate, read_weights, settings_of
 from runtime import (
+    Caught,
     InputError,
     choose_amp,
     fail_on_all_ranks,
@@ -67,7 +68,7 @@ class Run:
     history: list[dict[str, Any]] = field(default_factory=list)  # a line per epoch
     best: float | None = None  # the mIoU of best.pt
     unsaved: bool = False  # the last checkpoint could not be written
-    caught: list[int] = field(default_factory=list)  # signals to stop
+    caught: Caught = field(default_factory=Caught)  # signals to stop
 
     @property
     def per_epoch(self) -> int:

@@ -37,6 +37,7 @@ from run import (
 from runtime import (
     AMP,
     InputError,
+    Interrupted,
     choose_kernels,
     distributed,
     fail_on_all_ranks,
@@ -138,8 +139,11 @@ def next_batch(run: Run, batches: Iterator[Batch]) -> tuple[Batch, float, bool]:
     """
     failure, labelled = None, 0.0
     try:
-        batch = next(batches)
+        with run.caught.interruptible():
+            batch = next(batches)
         labelled = count_labelled(run, batch[1]).item()
+    except Interrupted:  # every rank stops below
+        pass
     except InputError as e:
         failure = e
     labelled, signals, unsaved = sum_over_ranks([labelled, len(run.caught), run.unsaved], failure)

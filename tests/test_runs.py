@@ -714,3 +714,48 @@ def test_a_context_may_have_an_infinite_mask_but_no_spare_parameter(street, tmp_
     with pytest.raises(InputError, match=line):
         trained(tmp_path / "s", street, *flags, "spare:Masked")
     assert not (tmp_path / "s").exists()
+
+
+def train_with_stopped_reader(street, out, said):
+    """A training whose process that reads images was stopped by SIGSTOP after the first step."""
+    flags = (*TINY, "--root", street, "--out", out, "--epochs", 200, "--workers", 1)
+    process = forked(train.main, *flags, said=said)
+    while "step 1/" not in (said.read_text() if said.exists() else ""):
+        assert process.is_alive()
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGSTOP)
+    return process
+
+
+def test_a_signal_ends_the_wait_for_a_lost_batch(street, tmp_path, stub):
+    process = train_with_stopped_reader(street, tmp_path / "r", tmp_path / "said")
+    time.sleep(2)  # the batches that were ready are used
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    ended = process.exitcode
+    process.kill()
+    assert ended == 143, (tmp_path / "said").read_text()
+    assert "stopped by SIGTERM" in (tmp_path / "said").read_text()
+    assert (tmp_path / "r" / "last.pt").exists()
+
+
+def test_a_lost_batch_is_a_line(street, tmp_path, monkeypatch, stub):
+    monkeypatch.setattr(data, "BATCH_TIMEOUT", 2)
+    process = train_with_stopped_reader(street, tmp_path / "r", tmp_path / "said")
+    process.join(60)
+    ended = process.exitcode
+    process.kill()
+    text = (tmp_path / "said").read_text()
+    assert ended == 1 and "no batch came for 2 s" in text.splitlines()[-1], text
+    assert "Traceback" not in text
+
+
+def test_too_few_open_files_is_a_line(street, tmp_path, stub):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, limits[1]))
+        with pytest.raises(InputError, match="allows 100 open files, and --workers needs 128"):
+            trained(tmp_path / "r", street, "--workers", 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
