@@ -1,7 +1,7 @@
-"""The decoded copy of a data set: every image and label as plain bytes in one file, mapped into memory.
+"""The decoded copy of a data set: every image and label as plain bytes in one file.
 
-A copy is NAME.bin, with images (H, W, 3) and labels (H, W) one after another, and NAME.json, the place of each item. The
-index is written last, so half a copy counts as none.
+A copy is NAME.bin, images (H, W, 3) and labels (H, W) one after another, and NAME.json, the place
+of each item. NAME.json is written last, so half a copy counts as none.
 """
 
 import fcntl
@@ -30,7 +30,10 @@ class Copy:
     labelled: bool
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Image (H, W, 3) and label (H, W), uint8: views of the mapped file, so a crop reads only its pages."""
+        """Image (H, W, 3) and label (H, W) or None, uint8.
+
+        They are views of the mapped file, so that a crop reads only its pages.
+        """
         offset, H, W = self.places[index]
         try:
             image = np.memmap(self.path, np.uint8, "r", offset, (H, W, 3))
@@ -39,33 +42,32 @@ class Copy:
             return image, np.memmap(self.path, np.uint8, "r", offset + H * W * 3, (H, W))
         except (OSError, ValueError) as e:
             raise InputError(
-                f"{quote(self.path)}: the decoded copy was removed or cut since the start ({type(e).__name__}): "
-                "start again, and it is made anew"
+                f"{quote(self.path)}: the decoded copy was removed or cut since the start "
+                f"({type(e).__name__}): start again, which makes a new one"
             ) from None
 
 
 def open_copy(
     folder: Path, name: str, count: int, labelled: bool, images: Callable[[], Images]
 ) -> Copy:
-    """The copy of that name in the folder, made from `images` if it is not there. One process makes it, others wait.
+    """The copy of that name in the folder. Makes it from `images` if it is not there.
 
-    count: the number of items. Raises InputError where the folder cannot be used, or for a wrong image.
+    One process makes it, others wait. count: the number of items. Raises InputError for a folder
+    that cannot be used, or for a wrong image.
     """
     base = folder / name
     try:
-        copy = _find(
-            base, count, labelled
-        )  # a whole copy needs no lock: it may lie where nothing can be written
-        if copy is None:
-            folder.mkdir(parents=True, exist_ok=True)
-            with open(f"{base}.lock", "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                copy = _find(base, count, labelled) or _make(base, count, labelled, images())
-        return copy
+        copy = _find(base, count, labelled)
+        if copy is not None:  # needs no lock, so it may lie where nothing can be written
+            return copy
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(f"{base}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            return _find(base, count, labelled) or _make(base, count, labelled, images())
     except OSError as e:
         raise InputError(
-            f"--cache {quote(folder)}: {quote(str(e))}; expected a folder with room for the decoded images: "
-            "make room, name another, or do without"
+            f"--cache {quote(folder)}: {quote(str(e))}; expected a folder with room for the "
+            "decoded images: make room, name another, or leave --cache out"
         ) from None
 
 
@@ -93,14 +95,11 @@ def _make(base: Path, count: int, labelled: bool, images: Images) -> Copy:
     def fill(f: BinaryIO) -> None:
         for index, image, label in images:
             places.append((f.tell(), image.shape[1], image.shape[2]))
-            f.write(image.permute(1, 2, 0).contiguous().numpy())
+            f.write(image.permute(1, 2, 0).contiguous().numpy().data)
             if label is not None:
-                f.write(label.contiguous().numpy())
-            done = index + 1
-            print_progress(
-                f"cache {quote(base)}: {done}/{count}, {f.tell() / 2**30:.2f} GiB",
-                last=done == count,
-            )
+                f.write(label.contiguous().numpy().data)
+            line = f"cache {quote(base)}: {index + 1}/{count}, {f.tell() / 2**30:.2f} GiB"
+            print_progress(line, last=index + 1 == count)
 
     write(Path(f"{base}.bin"), fill)
     write(Path(f"{base}.json"), lambda f: f.write(json.dumps(places).encode()))

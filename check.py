@@ -1,23 +1,25 @@
-"""Read every file of a data set and report: pairs, sizes, pixels of each class, and each wrong file with its remedy.
+"""Read every file of a data set and report: pairs, sizes, pixels of each class, each wrong file.
 
-python check.py --data synthetic|cityscapes|ade20k|folder [--root DIR] [--split S] [--workers N] [--json]
+python check.py --data synthetic|cityscapes|ade20k|folder [--root DIR] [--split S] [--json]
 """
-
-from __future__ import annotations
 
 import json
 import os
 from collections import Counter
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from data import ADE_FOLDERS, FORMATS, IGNORE, LAYOUT, NAMES, SPLITS, DataSet, open_split, read
-from runtime import InputError, Parser, print_progress, run_script
+from classes import IGNORE
+from data import NAMES, SPLITS, DataSet, open_split, read, split_files
+from decode import FORMATS
+from runtime import InputError, Parser, counted, print_progress, run_script
 
 
 def check(
@@ -27,59 +29,52 @@ def check(
     *,
     workers: int = 0,
     progress: bool = False,
-) -> dict:
-    """Reads every file of the split (None: train, val, and test if there is one). Returns plain values: data, classes,
-    splits {split: {pairs, sizes {"HxW": n}, modes {"image label": n}, pixels (of each class), ignored, weights}},
-    problems (a line for each wrong file), warnings. weights: see class_weights. InputError: nothing to check."""
-    splits = [split] if split else ["train", "val"]
-    if not split and (
-        name == "synthetic"
-        or Path(
-            root or "", LAYOUT[name][0], ADE_FOLDERS["test"] if name == "ade20k" else "test"
-        ).is_dir()
-    ):
-        splits.append("test")
-    opened = [
-        open_split(name, root, s) for s in splits
-    ]  # all folders are looked at before the long part
-    problems, warned = [line for _, wrong in opened for line in wrong], []
-    parts = {d.split: _check_split(d, workers, progress, problems) for d, _ in opened}
-    classes, seen = opened[0][0].classes, np.sum([p["pixels"] for p in parts.values()], 0)
-    if (
-        len(seen) > 1
-        and seen[0]
-        and not seen[1:].any()
-        and any(p["ignored"] for p in parts.values())
-    ):
-        warned.append(
-            "the labels hold only 0 and 255 (ignored): if they are 0/255 masks, write class numbers 0 and 1"
-        )
-    warned += [
-        f"no pixel is of the class {c!r}" for c, n in zip(classes, seen) if not n and seen.any()
-    ]
-    return {
-        "data": name,
-        "classes": list(classes),
-        "splits": parts,
-        "problems": problems,
-        "warnings": warned,
-    }
+) -> dict[str, Any]:
+    """Read every file of the split; None: of train, val, and test if there is one.
+
+    Returns plain values: data, classes, splits {split: {pairs, sizes {"HxW": n}, modes {"image
+    label": n}, pixels (of each class), ignored, weights}}, problems (a line for each wrong file),
+    warnings. weights: see class_weights. Raises InputError if there is nothing to check.
+    """
+    splits = [split] if split else ["train", "val", "test"]
+    if not split and name != "synthetic":
+        images = split_files(name, Path(root or ""), "test")[0]
+        if not images.is_dir():
+            splits.remove("test")
+    opened = [open_split(name, root, s) for s in splits]  # before the long part
+    problems = []
+    for _, lines in opened:
+        problems += lines
+    report: dict[str, Any] = {"data": name, "classes": list(opened[0][0].classes), "splits": {}}
+    for dataset, _ in opened:
+        report["splits"][dataset.split] = _check_split(dataset, workers, progress, problems)
+    return report | {"problems": problems, "warnings": _warnings(report)}
 
 
-def _check_split(dataset: DataSet, workers: int, progress: bool, problems: list[str]) -> dict:
+def _check_split(
+    dataset: DataSet, workers: int, progress: bool, problems: list[str]
+) -> dict[str, Any]:
     parts = [replace(dataset, items=dataset.items[i : i + 16]) for i in range(0, len(dataset), 16)]
-    pixels, sizes, modes, done = np.zeros(256, np.int64), Counter(), Counter(), 0
-    with ProcessPoolExecutor(workers) if workers else nullcontext() as pool:
-        for part, report in zip(parts, (pool.map if pool else map)(_check_part, parts)):
-            for total, value in zip((pixels, sizes, modes, problems), report):
-                total += value
+    pixels = np.zeros(256, np.int64)
+    sizes: Counter[str] = Counter()
+    modes: Counter[str] = Counter()
+    done = 0
+    with ExitStack() as stack:
+        run: Callable[..., Iterable[Any]] = map
+        if workers:
+            run = stack.enter_context(ProcessPoolExecutor(workers)).map
+        for part, tally in zip(parts, run(_check_part, parts)):
+            pixels += tally[0]
+            sizes += tally[1]
+            modes += tally[2]
+            problems += tally[3]
             done += len(part)
             if progress:
                 line = f"check {dataset.split}: {done}/{len(dataset)}, {len(problems)} wrong"
                 print_progress(line, last=done == len(dataset))
     known = pixels[: len(dataset.classes)]
     return {
-        "pairs": sum(sizes.values()),
+        "pairs": sizes.total(),
         "sizes": dict(sizes.most_common()),
         "modes": dict(modes.most_common()),
         "pixels": known.tolist(),
@@ -88,16 +83,19 @@ def _check_split(dataset: DataSet, workers: int, progress: bool, problems: list[
     }
 
 
-def _check_part(dataset: DataSet) -> tuple[np.ndarray, Counter, Counter, list[str]]:
-    pixels, sizes, modes, wrong = np.zeros(256, np.int64), Counter(), Counter(), []
+def _check_part(dataset: DataSet) -> tuple[np.ndarray, Counter[str], Counter[str], list[str]]:
+    pixels = np.zeros(256, np.int64)
+    sizes: Counter[str] = Counter()
+    modes: Counter[str] = Counter()
+    wrong = []
     for index, item in enumerate(dataset.items):
         try:
             image, label = read(dataset, index)
             modes[" ".join(_mode(dataset, path) for path in item.files)] += 1
-        except (InputError, OSError) as e:  # OSError: gone since it was read
+        except (InputError, OSError) as e:  # OSError: the file vanished after it was read
             wrong.append(str(e))
             continue
-        sizes["{}x{}".format(*image.shape)] += 1
+        sizes[f"{image.shape[0]}x{image.shape[1]}"] += 1
         if label is not None:
             pixels += np.bincount(label.ravel(), minlength=256)
     return pixels, sizes, modes, wrong
@@ -110,35 +108,52 @@ def _mode(dataset: DataSet, path: Path) -> str:
         return image.mode
 
 
+def _warnings(report: dict[str, Any]) -> list[str]:
+    """What looks wrong in labels that can all be read."""
+    parts = report["splits"].values()
+    pixels = np.sum([part["pixels"] for part in parts], 0)
+    ignored = any(part["ignored"] for part in parts)
+    lines = []
+    if len(pixels) > 1 and pixels[0] and not pixels[1:].any() and ignored:
+        lines.append(
+            "the labels hold only 0 and 255 (ignored): if they are 0/255 masks, write class "
+            "numbers 0 and 1"
+        )
+    for name, n in zip(report["classes"], pixels):
+        if not n and pixels.any():
+            lines.append(f"no pixel is of the class {name!r}")
+    return lines
+
+
 def class_weights(pixels: np.ndarray) -> np.ndarray:
-    """Pixels of each class (n,) to suggested weights of the loss (n,), proportional to 1/sqrt(share) and 1 in the mean
-    over the pixels, so that the loss keeps its scale; 1 for classes without a pixel."""
+    """Pixels of each class (n,) to suggested weights of the loss (n,).
+
+    Proportional to 1 / sqrt(share), and 1 in the mean over the pixels, so that the loss keeps its
+    scale; 1 for classes without a pixel.
+    """
     root = np.sqrt(pixels / max(1, pixels.sum()))
-    return np.where(root > 0, 1 / (np.where(root > 0, root, 1) * max(root.sum(), 1e-12)), 1.0)
+    inverse = 1 / (np.where(root > 0, root, 1) * max(root.sum(), 1e-12))
+    return np.where(root > 0, inverse, 1.0)
 
 
-def _print_report(report: dict) -> None:
+def _print_report(report: dict[str, Any]) -> None:
     for split, part in report["splits"].items():
         print(f"{report['data']} {split}: {part['pairs']} readable")
         for what, title in ("sizes", "height x width"), ("modes", "image and label"):
-            text = ", ".join(f"{k}: {v}" for k, v in list(part[what].items())[:6])
-            print(
-                f"  {what} ({title})  {text}"
-                + f", {len(part[what]) - 6} others" * (len(part[what]) > 6)
-            )
+            text = ", ".join(f"{k}: {n}" for k, n in list(part[what].items())[:6])
+            if len(part[what]) > 6:
+                text += f", {counted(len(part[what]) - 6, 'other')}"
+            print(f"  {what} ({title})  {text}")
         total = max(1, sum(part["pixels"]) + part["ignored"])
-        rows = zip(
-            [*report["classes"], "(ignored)"],
-            [*part["pixels"], part["ignored"]],
-            [*part["weights"], 0.0],
-        )
-        for name, n, weight in rows:
+        names = [*report["classes"], "(ignored)"]
+        pixels = [*part["pixels"], part["ignored"]]
+        for name, n, weight in zip(names, pixels, [*part["weights"], 0.0]):
             print(f"  {name:<20} {n:>14} pixels {100 * n / total:7.3f} %   weight {weight:.3f}")
-    for line in [f"warning: {w}" for w in report["warnings"]] + [
-        f"wrong: {p}" for p in report["problems"]
-    ]:
-        print(line)
-    print(f"{len(report['problems'])} wrong files")
+    for line in report["warnings"]:
+        print(f"warning: {line}")
+    for line in report["problems"]:
+        print(f"wrong: {line}")
+    print(counted(len(report["problems"]), "wrong file"))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -153,7 +168,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.workers < 0:
         raise InputError(f"--workers {args.workers}: expected 0 or more")
     report = check(args.data, args.root, args.split, workers=args.workers, progress=True)
-    print(json.dumps(report)) if args.json else _print_report(report)
+    if args.json:
+        print(json.dumps(report))
+    else:
+        _print_report(report)
     return 1 if report["problems"] else 0
 
 

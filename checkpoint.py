@@ -1,10 +1,14 @@
-"""The checkpoint in one place: its fields, how it is written, read and checked, and the network rebuilt from it."""
+"""The checkpoint: its fields, how it is written, read and checked, and the network rebuilt from it.
 
-from __future__ import annotations
+A checkpoint is one dict of tensors and plain values, which torch.load reads with weights_only. A
+run's folder holds last.pt, the one before it (last.prev.pt), best.pt, and with --ema the averaged
+weights, ema.pt.
+"""
 
 import os
 import warnings
 import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,10 +18,19 @@ from torch import Tensor, nn
 
 import dnl
 from data import IGNORE, NAMES, DataSet, open_dataset
-from runtime import AMP, InputError, import_factory, quote
+from runtime import (
+    AMP,
+    InputError,
+    import_factory,
+    print_line,
+    quote,
+    regular_file,
+    to_device,
+    write,
+)
 
-VERSION = 1  # of the checkpoint's layout
-FIELDS = {
+VERSION = 1
+FIELDS = {  # what every script reads, beside the version
     "model": {str: Tensor},
     "config": {str: (str, int, float)},
     "data": str,
@@ -25,144 +38,201 @@ FIELDS = {
     "classes": [str],
     "colors": [[int]],
     "amp": str,
-}  # what every script reads of a checkpoint, beside its version
+}
+RUN_FIELDS = FIELDS | {  # what a training needs to go on
+    "optimizer": {str: dict},
+    "scaler": dict,
+    "settings": {str: object},
+    "step": int,
+    "sums": Tensor,
+    "history": [dict],
+}
+REMEDY = "give a .pt file that train.py wrote"
+
+# ---- writing
 
 
-def has_type(value: Any, kind: Any) -> bool:
-    """Whether a value read from a file is of a kind: types, or [kind] or {kind: kind} of all that is in it."""
-    if isinstance(kind, list):
-        return isinstance(value, list) and all(has_type(v, kind[0]) for v in value)
-    if isinstance(kind, dict):
-        ((key, inner),) = kind.items()
-        return isinstance(value, dict) and all(
-            has_type(k, key) and has_type(v, inner) for k, v in value.items()
-        )
-    return isinstance(value, kind)
+def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint whole or not at all. OSError if the disk is full."""
+    write(path, lambda f: torch.save(state, f))
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint's dict, on the CPU. InputError when it is missing, damaged (the zip's own checksums), of another kind, or
-    its fields are not as train.py writes them."""
-    ours = "give a .pt file that train.py wrote"
-    if not os.path.isfile(path):  # a pipe would be waited for
-        raise InputError(f"{quote(path)}: no such checkpoint: {ours}")
-    try:
-        with zipfile.ZipFile(path) as z, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd pickles: one line is enough
-            if sum(entry.file_size for entry in z.infolist()) > os.path.getsize(path):
-                raise ValueError(
-                    "compressed, which torch.save does not"
-                )  # and could be without end
-            bad = z.testzip()
-            if bad:
-                raise InputError(
-                    f"{quote(path)}: damaged at {quote(bad)}: use the previous one or train again"
-                )
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except InputError:
-        raise
-    except Exception as e:  # a damaged file can fail in any of the layers that parse it
-        raise InputError(
-            f"{quote(path)}: not a readable checkpoint ({type(e).__name__}): {ours}"
-        ) from None
-    if (
-        not isinstance(checkpoint, dict)
-        or not has_type(checkpoint.get("version"), int)
-        or checkpoint["version"] != VERSION
-    ):
-        raise InputError(f"{quote(path)}: not a checkpoint of this version ({VERSION}): {ours}")
-    wrong = [
-        name
-        for name, kind in FIELDS.items()
-        if name not in checkpoint or not has_type(checkpoint[name], kind)
-    ]
-    wrong = wrong or invalid_fields(checkpoint)
-    if wrong:
-        raise InputError(
-            f"{quote(path)}: the fields {', '.join(wrong)} are missing or not as they should be: {ours}"
-        )
-    return checkpoint
-
-
-def invalid_fields(checkpoint: dict[str, Any]) -> list[str]:
-    """The fields of a checkpoint, all of the right kind, whose values cannot be."""
-    c, names, colors = checkpoint["config"], checkpoint["classes"], checkpoint["colors"]
-    default = asdict(dnl.PAPER)
-    right = {
-        "config": c.keys() == default.keys() and all(type(c[k]) is type(default[k]) for k in c),
-        "classes": 0 < len(set(names)) == len(names) == c.get("num_classes") <= IGNORE
-        and all(map(str.isprintable, names)),
-        "colors": len(colors) == len(names)
-        and all(len(x) == 3 and 0 <= min(x) <= max(x) <= 255 for x in colors),
-        "data": checkpoint["data"] in NAMES,
-        "amp": checkpoint["amp"] in AMP,
-    }
-    return [name for name in right if not right[name]]
-
-
-def check_weights(model: dict[str, Tensor], blank: nn.Module, size: int) -> None:
-    """ValueError where a file of so many bytes cannot have held these weights of the network, or not all are finite."""
-    dnl.check_fit(blank, model, "the model")
-    own = blank.state_dict()
-    wrong = [
-        k
-        for k, t in model.items()
-        if (t.dtype, t.layout, t.device.type) != (own[k].dtype, torch.strided, "cpu")
-    ]
-    if wrong:
-        raise ValueError(f"the model does not fit: of another type: {', '.join(wrong)}")
-    if sum(t.nbytes for t in model.values()) > size:
-        raise ValueError("the model is larger than its file")
-    if not all(t.isfinite().all() for t in model.values()):
-        raise ValueError("the model's weights are not all finite")
+def write_last(out: Path, state: dict[str, Any]) -> None:
+    """Write last.pt, keep the one before, and write averaged weights as ema.pt."""
+    if state["ema"] is not None:
+        # No training can go on from averaged weights, so their settings differ from the run's.
+        settings = state["settings"] | {"averaged": True}
+        write_checkpoint(out / "ema.pt", state | {"model": state["ema"], "settings": settings})
+    write_checkpoint(out / "new.pt", state)
+    finish_save(out)
 
 
 def finish_save(out: Path) -> None:
-    """Make new.pt, where there is one, the last.pt: the end of `save`, and of one that was killed here."""
+    """Rename new.pt to last.pt if it exists. Ends a save, and finishes one that was killed here."""
     if (out / "new.pt").exists():
         if (out / "last.pt").exists():
             os.replace(out / "last.pt", out / "last.prev.pt")
         os.replace(out / "new.pt", out / "last.pt")
 
 
+# ---- reading
+
+
+def read_last(out: Path) -> tuple[Path, dict[str, Any]] | None:
+    """A run's newest whole checkpoint; None if there is none. InputError if none is whole."""
+    found = [p for p in (out / "last.pt", out / "last.prev.pt") if p.exists()]
+    for path in found:
+        try:
+            return path, read_checkpoint(path, RUN_FIELDS)
+        except InputError as e:
+            if path == found[-1]:
+                raise
+            print_line(f"warning: {e}; going on from {found[-1].name}", error=True)
+    return None
+
+
+def read_if_readable(path: Path) -> dict[str, Any]:
+    """The checkpoint, or {} if it cannot be read."""
+    try:
+        return read_checkpoint(path)
+    except InputError:
+        return {}
+
+
+def read_checkpoint(path: str | Path, fields: dict[str, Any] = FIELDS) -> dict[str, Any]:
+    """A checkpoint's dict, on the CPU. InputError if it is missing, damaged, or lacks a field."""
+    checkpoint = read_pickle(path)
+    version = checkpoint.get("version") if isinstance(checkpoint, dict) else None
+    if type(version) is not int or version != VERSION:
+        raise InputError(f"{quote(path)}: not a checkpoint of version {VERSION}: {REMEDY}")
+    wrong = []
+    for name, kind in fields.items():
+        if name not in checkpoint or not has_type(checkpoint[name], kind):
+            wrong.append(name)
+    wrong = wrong or invalid_fields(checkpoint)
+    if wrong:
+        raise InputError(f"{quote(path)}: fields missing or wrong: {', '.join(wrong)}: {REMEDY}")
+    return checkpoint
+
+
+def read_pickle(path: str | Path) -> Any:
+    """What torch.save wrote. The zip's checksums are verified, which torch.load does not do."""
+    try:
+        regular_file(path)
+        with zipfile.ZipFile(path) as z, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about odd pickles; our line is enough
+            if sum(entry.file_size for entry in z.infolist()) > os.path.getsize(path):
+                raise ValueError("compressed")  # torch.save does not, and it could be endless
+            bad = z.testzip()
+            if bad:
+                raise InputError(
+                    f"{quote(path)}: damaged at {quote(bad)}: use the previous one or train again"
+                )
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{quote(path)}: no such checkpoint: {REMEDY}") from None
+    except Exception as e:  # a damaged file can fail in any layer
+        what = type(e).__name__
+        raise InputError(f"{quote(path)}: not a readable checkpoint ({what}): {REMEDY}") from None
+
+
+def has_type(value: Any, kind: Any) -> bool:
+    """Whether a value has a type; [t] and {k: t} stand for all that a list or a dict holds."""
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(has_type(v, kind[0]) for v in value)
+    if isinstance(kind, dict):
+        if not isinstance(value, dict):
+            return False
+        ((key, inner),) = kind.items()
+        return all(has_type(k, key) and has_type(v, inner) for k, v in value.items())
+    return isinstance(value, kind)
+
+
+def invalid_fields(checkpoint: dict[str, Any]) -> list[str]:
+    """The names of fields that have the right types but impossible values."""
+    config, default = checkpoint["config"], asdict(dnl.PAPER)
+    names, colors = checkpoint["classes"], checkpoint["colors"]
+    count = len(names)
+    named = 0 < count <= IGNORE and len(set(names)) == count and all(map(str.isprintable, names))
+    valid = {
+        "config": {k: type(v) for k, v in config.items()}
+        == {k: type(v) for k, v in default.items()},
+        "classes": named and count == config.get("num_classes"),
+        "colors": len(colors) == count and all(is_color(c) for c in colors),
+        "data": checkpoint["data"] in NAMES,
+        "amp": checkpoint["amp"] in AMP,
+    }
+    return [name for name, good in valid.items() if not good]
+
+
+def is_color(c: list[int]) -> bool:
+    """Whether c is R, G, B, each 0..255."""
+    return len(c) == 3 and min(c) >= 0 and max(c) <= 255
+
+
+# ---- the network
+
+
 def load_network(
     path: str | Path, device: torch.device | str, context: str | None = None
 ) -> tuple[dnl.Network, dict[str, Any]]:
-    """The network of a checkpoint, rebuilt, filled, in eval mode and channels_last on the device; and the checkpoint.
+    """The network of a checkpoint, filled, in eval mode and channels_last on the device; and the
+    checkpoint.
 
-    context: MODULE:FACTORY again, where the checkpoint was trained with one: no field of a file is imported.
+    context: MODULE:FACTORY again, if the checkpoint was trained with one. A file alone cannot make
+    us import something.
     """
     checkpoint = read_checkpoint(path)
+    config, model = dnl.Config(**checkpoint["config"]), checkpoint["model"]
+    if ":" in config.context and context != config.context:
+        raise InputError(
+            f"{quote(path)}: trained with --context {quote(config.context)}: give the flag again, "
+            "to have it imported"
+        )
+    factory = import_factory(config.context)
     try:
-        config, model = dnl.Config(**checkpoint["config"]), checkpoint["model"]
-        if ":" in config.context and context != config.context:
-            raise InputError(
-                f"{quote(path)}: trained with --context {quote(config.context)}; name it again to let it be imported"
-            )
-        factory = import_factory(config.context)
-        with torch.device("meta"):  # sizes alone: those of a broken file could be anything
+        with torch.device("meta"):  # shapes alone: those in a broken file can be huge
             blank = dnl.build(config, factory)
-        check_weights(model, blank, os.path.getsize(path))
+        check_model(model, blank, os.path.getsize(path))
         net = dnl.build(config, factory)
         dnl.load_strict(net, model, "the model")
     except (TypeError, ValueError, RuntimeError) as e:
-        raise (
-            e if isinstance(e, InputError) else InputError(f"{quote(path)}: {quote(str(e))}")
-        ) from None
-    return net.to(device, memory_format=torch.channels_last).eval(), checkpoint
+        raise InputError(f"{quote(path)}: {quote(str(e))}") from None
+    to_device(net, device)
+    return net.eval(), checkpoint
+
+
+def check_model(model: Mapping[str, Tensor], blank: nn.Module, size: int) -> None:
+    """ValueError if the weights do not fit, are not finite, or exceed the file's size in bytes."""
+    dnl.check_fit(blank, model, "the model")
+    own = blank.state_dict()
+    for name, t in model.items():
+        if (t.dtype, t.layout, t.device.type) != (own[name].dtype, torch.strided, "cpu"):
+            raise ValueError(f"the model does not fit: {name} is of another type")
+    if sum(t.nbytes for t in model.values()) > size:
+        raise ValueError("the model is larger than its file")
+    if not all(t.isfinite().all() for t in model.values()):
+        raise ValueError("the model's weights are not all finite")
 
 
 def open_like(
     checkpoint: dict[str, Any], data: str | None, root: str | None, split: str, source: str
 ) -> DataSet:
-    """The data set that a checkpoint was trained on, or the named one; InputError when their classes differ."""
-    dataset = open_dataset(
-        data or checkpoint["data"], root or (None if data else checkpoint["root"]), split
-    )
-    if list(dataset.classes) != list(checkpoint["classes"]):
-        was, now = (
-            f"{len(names)} classes ({', '.join(names[:3])}, ...)"
-            for names in (checkpoint["classes"], dataset.classes)
+    """The data set of a checkpoint, or the named one. InputError if the classes differ."""
+    if data is None:
+        data, root = checkpoint["data"], root or checkpoint["root"]
+    dataset = open_dataset(data, root, split)
+    if list(dataset.classes) != checkpoint["classes"]:
+        raise InputError(
+            f"{quote(source)}: trained on {name_classes(checkpoint['classes'])}, the data set has "
+            f"{name_classes(dataset.classes)}"
         )
-        raise InputError(f"{quote(source)}: trained on {was}, the data set has {now}")
     return dataset
+
+
+def name_classes(names: Sequence[str]) -> str:
+    """3 classes (other, road, car), the first three by name."""
+    more = ", ..." if len(names) > 3 else ""
+    return f"{len(names)} classes ({', '.join(names[:3])}{more})"

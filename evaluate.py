@@ -1,21 +1,20 @@
-"""Score a checkpoint: mIoU, pixel accuracy and the IoU of each class, from one integer confusion matrix.
+"""Score a checkpoint: mIoU, pixel accuracy and the IoU of each class, from one confusion matrix.
 
-    python evaluate.py runs/cityscapes/best.pt                                    # all else is in the checkpoint
-    torchrun --nproc-per-node 8 evaluate.py best.pt --scales 0.75 1 1.25 --flip   # the figure of one rank, bit for bit
-    python evaluate.py best.pt --crop 768 --json                                  # sliding windows; one JSON object last
+    python evaluate.py runs/cityscapes/best.pt         # the rest is in the checkpoint
+    python evaluate.py best.pt --crop 768 --json       # sliding windows; one JSON object last
+    torchrun --nproc-per-node 8 evaluate.py best.pt --scales 0.75 1 1.25 --flip
 
-Training calls `evaluate` of this file, so its mIoU is the tested one. What the scripts share (ranks, precision, reading
-checkpoints, error lines, pictures) is here too.
+The result does not depend on the number of ranks, bit for bit. Training calls `evaluate` of this
+file, so both report the same mIoU. A *window* (--crop) overlaps others, and their predictions are
+averaged. A *tile* is a part of a large image, and only its middle is kept.
 """
 
-from __future__ import annotations
-
-import argparse
 import json
-import sys
+import math
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from itertools import pairwise, product
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -31,91 +30,107 @@ from runtime import (
     InputError,
     Parser,
     choose_amp,
+    counted,
     distributed,
     fail_on_all_ranks,
-    on_terminal,
     parse_flags,
-    print_line,
+    print_progress,
     quote,
     run_script,
 )
 
-SIDE = 2048  # of a tile, for up to 64 classes
-NOT_FINITE = "the network's output is not finite: try --amp off; where it stays so, its weights are spoiled: train again, at a lower --lr"
+SIDE = 2048  # of a tile, in pixels, for up to 64 classes
+NOT_FINITE = "the network's output is not finite: try --amp off, or train again with a lower --lr"
 
-# ------------------------------------------------------------------------------------------------------- metrics
+# ---- metrics
 
 
 def confusion(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
-    """(n, n) int64 counts, row the true class, column the predicted one. Both (H, W); pixels of label 255 are left out."""
+    """(n, n) int64 counts of pixels: row the true class, column the predicted one.
+
+    prediction and label: (H, W). Pixels of label 255 are left out.
+    """
     known = label != IGNORE
     pairs = label[known].long() * num_classes + prediction[known].long()
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 
 def scores(matrix: Tensor) -> dict[str, Any]:
-    """{'miou', 'accuracy', 'iou'} in 0..1 of a confusion matrix. A class neither true nor predicted anywhere has IoU None
-    and is left out of the mean; with no labelled pixel at all, miou and accuracy are None."""
+    """{'miou', 'accuracy', 'iou'} in 0..1 of a confusion matrix.
+
+    A class that is neither true nor predicted anywhere has IoU None and is left out of the mean.
+    Without any labelled pixel miou and accuracy are None.
+    """
     m = matrix.cpu().numpy().astype(np.int64)
-    hit, union = m.diagonal(), m.sum(0) + m.sum(1) - m.diagonal()
-    iou = [float(h) / float(u) if u else None for h, u in zip(hit, union)]
-    known = [i for i in iou if i is not None]
-    return {
-        "miou": sum(known) / len(known) if known else None,
-        "accuracy": float(hit.sum()) / float(m.sum()) if m.sum() else None,
-        "iou": iou,
-    }
+    hits = m.diagonal()
+    unions = m.sum(0) + m.sum(1) - hits
+    iou = [_ratio(hit, union) for hit, union in zip(hits, unions)]
+    known = [x for x in iou if x is not None]
+    miou = _ratio(sum(known), len(known))
+    return {"miou": miou, "accuracy": _ratio(hits.sum(), m.sum()), "iou": iou}
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return float(part) / float(whole) if whole else None
 
 
 def iou_table(result: dict[str, Any], classes: Sequence[str]) -> str:
-    """The scores as lines for people: a row per class, then mIoU and pixel accuracy, in percent."""
-    width = max(len("pixel accuracy"), *map(len, classes))
-    rows = [
-        *zip(classes, result["iou"]),
-        ("mIoU", result["miou"]),
-        ("pixel accuracy", result["accuracy"]),
-    ]
-    lines = [f"{name:<{width}}  {'-' if x is None else f'{100 * x:.2f}':>6}" for name, x in rows]
-    note = ["- neither in the labels nor predicted: not in the mean"] * (None in result["iou"])
-    return "\n".join([f"{'class':<{width}}  {'IoU %':>6}", *lines, *note])
+    """The scores for people: a line a class, then mIoU and pixel accuracy, in percent."""
+    rows = [*zip(classes, result["iou"])]
+    rows += [("mIoU", result["miou"]), ("pixel accuracy", result["accuracy"])]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{'class':<{width}}  {'IoU %':>6}"]
+    for name, value in rows:
+        percent = "-" if value is None else f"{100 * value:.2f}"
+        lines.append(f"{name:<{width}}  {percent:>6}")
+    if None in result["iou"]:
+        lines.append("- neither in the labels nor predicted: not in the mean")
+    return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------- prediction
+# ---- prediction
 
 
-def windows(length: int, crop: int) -> list[int]:
-    """Starts of windows of `crop` (at most `length`) that cover 0..length, at least a third of each shared with the next."""
+def windows(length: int, crop: int) -> list[slice]:
+    """Windows of `crop` pixels that cover 0..length; neighbours share at least a third."""
     if length <= crop:
-        return [0]
-    count = -(-(length - crop) // max(1, crop * 2 // 3)) + 1
-    return [round(i * (length - crop) / (count - 1)) for i in range(count)]
+        return [slice(0, length)]
+    step = max(1, crop * 2 // 3)
+    count = math.ceil((length - crop) / step)
+    starts = [round(i * (length - crop) / count) for i in range(count + 1)]
+    return [slice(start, start + crop) for start in starts]
 
 
 def _views(net: nn.Module, x: Tensor, flip: bool, amp: torch.dtype | None) -> Tensor:
-    """Class probabilities (B, n, H, W) of normalised images, averaged with those of the mirrored ones if `flip`."""
+    """Class probabilities (B, n, H, W) of normalised images; flip: averaged with the mirrored."""
+    if flip:
+        plain, mirrored = _views(net, torch.cat([x, x.flip(3)]), False, amp).chunk(2)
+        return (plain + mirrored.flip(3)) / 2
     with torch.autocast(x.device.type, amp or torch.bfloat16, enabled=amp is not None):
-        logits = net(torch.cat([x, x.flip(3)]) if flip else x)
-    p = logits.float().softmax(1)
-    return (p[: len(x)] + p[len(x) :].flip(3)) / 2 if flip else p
+        logits = net(x)
+    return logits.float().softmax(1)
 
 
 def _sliding(
-    net: nn.Module, x: Tensor, crop: int, flip: bool, amp: torch.dtype | None, together: int = 8
+    net: nn.Module, x: Tensor, crop: int | None, flip: bool, amp: torch.dtype | None
 ) -> Tensor:
-    """As `_views`, from overlapping windows of one image (1, 3, H, W), `together` of them in a batch."""
-    H, W = x.shape[2:]
-    h, w = min(crop, H), min(crop, W)
-    places = [
-        (slice(t, t + h), slice(l, l + w)) for t in windows(H, crop) for l in windows(W, crop)
-    ]
-    total = count = 0
-    for i in range(0, len(places), together):
-        p = _views(net, torch.cat([x[:, :, r, c] for r, c in places[i : i + together]]), flip, amp)
+    """As `_views`, of one image (1, 3, H, W); crop: averaged over windows, 8 of them at a time."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    if not crop:
+        return _views(net, x, flip, amp)
+    _, _, H, W = x.shape
+    places = list(product(windows(H, crop), windows(W, crop)))
+    count = x.new_zeros(H, W)
+    total = x.new_zeros(0)  # until the number of classes is known
+    for i in range(0, len(places), 8):
+        chosen = places[i : i + 8]
+        parts = [x[:, :, rows, columns] for rows, columns in chosen]
+        p = _views(net, torch.cat(parts), flip, amp)
         if i == 0:
-            total, count = p.new_zeros(1, p.shape[1], H, W), p.new_zeros(H, W)
-        for one, (r, c) in zip(p, places[i:]):
-            total[0, :, r, c] += one
-            count[r, c] += 1
+            total = p.new_zeros(1, p.shape[1], H, W)
+        for one, (rows, columns) in zip(p, chosen):
+            total[0, :, rows, columns] += one
+            count[rows, columns] += 1
     return total / count
 
 
@@ -129,52 +144,62 @@ def predict(
     crop: int | None = None,
     amp: torch.dtype | None = None,
 ) -> Tensor:
-    """Class probabilities (n, H, W) of one image (3, H, W), 0..255, on its device, averaged over scales and flips.
+    """Class probabilities (n, H, W) of one image (3, H, W), 0..255, averaged over scales and flips.
 
-    crop: sliding windows of that size, for memory that does not grow with the image; None: the whole image at once. The
-    network must be in eval mode. An image is always computed alone, so its result does not depend on the others.
+    crop: side of the sliding windows, which keep the network's memory independent of the image's
+    size; None: the whole image at once. The network is in eval mode, on the image's device. An
+    image is always computed alone, so its result does not depend on others.
     """
-    x, size = normalize(image[None]), tuple(image.shape[1:])
-    total = None
-    for scale in scales:
-        at = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
-        scaled = x if at == size else dnl.resize(x, at)
-        scaled = scaled.contiguous(memory_format=torch.channels_last)
-        p = _sliding(net, scaled, crop, flip, amp) if crop else _views(net, scaled, flip, amp)
-        p = p if at == size else dnl.resize(p, size)
-        total = p if total is None else total.add_(p)
+    whole = (image.shape[1], image.shape[2])
+    x = normalize(image[None])
+
+    def at_scale(scale: float) -> Tensor:
+        size = (max(1, round(whole[0] * scale)), max(1, round(whole[1] * scale)))
+        if size == whole:
+            return _sliding(net, x, crop, flip, amp)
+        p = _sliding(net, dnl.resize(x, size), crop, flip, amp)
+        return dnl.resize(p, whole)
+
+    total = at_scale(scales[0])
+    for scale in scales[1:]:
+        total.add_(at_scale(scale))
     return total[0].div_(len(scales))
 
 
 def tile_side(num_classes: int, crop: int | None) -> int:
-    """Side of the largest square computed at once: SIDE, less where its probabilities would exceed 1 GiB, but no less
-    than --crop: who asks for larger windows has the memory."""
+    """Side of a tile: SIDE, or less if its probabilities would exceed 1 GiB, but at least crop."""
     return max(min(SIDE, int((2**28 / num_classes) ** 0.5)), crop or 0)
 
 
-def spans(length: int, side: int) -> list[tuple[slice, slice]]:
-    """Tiles of at most `side` along an axis, as (seen, kept). Kept parts cover 0..length once; side // 8 pixels beyond a
-    kept part are seen, unless the image ends there."""
-    if length <= side:
-        return [(slice(0, length), slice(0, length))]
+class Tile(NamedTuple):
+    """A tile along one axis: computed on the pixels `seen`, used for the pixels `kept`."""
+
+    seen: slice
+    kept: slice
+    inner: slice  # `kept`, counted from the start of `seen`
+
+
+def tile_axis(length: int, side: int) -> list[Tile]:
+    """Tiles of at most `side` pixels, whose kept parts cover 0..length once.
+
+    A tile sees side // 8 pixels beyond its kept part, unless the image ends there.
+    """
     margin = side // 8
-    count = -(-length // (side - 2 * margin))
+    count = math.ceil(length / (side - 2 * margin)) if length > side else 1
     cuts = [round(i * length / count) for i in range(count + 1)]
-    return [
-        (slice(max(0, a - margin), min(length, b + margin)), slice(a, b))
-        for a, b in zip(cuts, cuts[1:])
-    ]
+    axis = []
+    for start, stop in pairwise(cuts):
+        first = max(0, start - margin)
+        seen = slice(first, min(length, stop + margin))
+        axis.append(Tile(seen, slice(start, stop), slice(start - first, stop - first)))
+    return axis
 
 
-def tiles(
-    size: tuple[int, int], side: int
-) -> list[tuple[tuple[slice, slice], tuple[slice, slice]]]:
-    """((rows, columns) seen, (rows, columns) kept) of each tile of an image; one tile up to side^2 pixels."""
-    if size[0] * size[1] <= side * side:
-        side = max(size)
-    return [
-        ((ys, xs), (yk, xk)) for ys, yk in spans(size[0], side) for xs, xk in spans(size[1], side)
-    ]
+def tiles(height: int, width: int, side: int) -> list[tuple[Tile, Tile]]:
+    """(rows, columns) of each tile of an image. Up to side^2 pixels are one tile."""
+    if height * width <= side * side:
+        side = max(height, width)
+    return list(product(tile_axis(height, side), tile_axis(width, side)))
 
 
 def predict_ids(
@@ -186,20 +211,23 @@ def predict_ids(
     side: int = SIDE,
     **options: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Class ids (H, W) uint8 and the top class's probability (H, W) uint8, 255 for 1, of an image (3, H, W) uint8.
+    """Class ids (H, W) uint8 and their probability (H, W) uint8, 255 for 1, of an image.
 
-    Up to side^2 pixels, the argmax of `evaluate.predict`, whose options these are. Beyond, tile by tile, so that only one
-    tile's probabilities are held. InputError, which names the source, where the network's output is not finite.
+    image: (3, H, W) uint8. options: as of `predict`. Above side^2 pixels the image is computed
+    tile by tile, and only one tile's probabilities are held. InputError, which names the source,
+    if the network's output is not finite.
     """
-    size = tuple(image.shape[1:])
-    ids, confidence = np.empty(size, np.uint8), np.empty(size, np.uint8)
-    for seen, kept in tiles(size, side):
-        inner = tuple(slice(k.start - s.start, k.stop - s.start) for s, k in zip(seen, kept))
-        p = predict(net, image[:, *seen].to(device), **options)[:, *inner]  # (n, h, w)
-        if not p[0].isfinite().all():  # nan in one class is in all
+    _, H, W = image.shape
+    ids = np.empty((H, W), np.uint8)
+    confidence = np.empty((H, W), np.uint8)
+    for rows, columns in tiles(H, W, side):
+        part = image[:, rows.seen, columns.seen].to(device)
+        p = predict(net, part, **options)[:, rows.inner, columns.inner]
+        if not p[0].isfinite().all():  # softmax: nan in one class is nan in all
             raise InputError(f"{source}: {NOT_FINITE}")
-        ids[kept] = p.argmax(0).byte().cpu().numpy()
-        confidence[kept] = (p.amax(0) * 255).round().byte().cpu().numpy()
+        ids[rows.kept, columns.kept] = p.argmax(0).byte().cpu().numpy()
+        p = (p.amax(0) * 255).round().byte()
+        confidence[rows.kept, columns.kept] = p.cpu().numpy()
     return ids, confidence
 
 
@@ -214,32 +242,31 @@ def evaluate(
     progress: Callable[[int, int], None] = lambda done, n: None,
     **options: Any,
 ) -> Tensor:
-    """The confusion matrix (n, n) of the network on a labelled data set, int64 on the CPU, summed over all ranks.
+    """The confusion matrix (n, n) of a labelled data set, int64 on the CPU, summed over all ranks.
 
-    Rank r takes images r, r + world, ...: none twice. options are `predict`'s. Leaves the network in eval mode.
-    Raises InputError, on every rank, for a split without ground truth or a file that cannot be used.
+    Rank r takes the images r, r + world, ... options: as of `predict`. progress(done, images) is
+    called after each image. The network stays in eval mode. InputError, on every rank, for a split
+    without ground truth, an unusable file, or an output that is not finite.
     """
     if not dataset.labelled:
         raise InputError(
-            f"split {dataset.split!r} of {dataset.name} has no ground truth, so it cannot be scored: "
-            "take a labelled split, or write masks with predict.py"
+            f"split {dataset.split!r} of {dataset.name} has no ground truth, so it cannot be "
+            "scored: choose a labelled split, or write masks with predict.py"
         )
     net.eval()
-    n, finite = len(dataset.classes), {}
+    n = len(dataset.classes)
     matrix = torch.zeros(n, n, dtype=torch.int64, device=device)
-    with (
-        fail_on_all_ranks(rank),
-        torch.backends.cudnn.flags(enabled=True, deterministic=True),
-    ):  # the same kernels whoever calls, on any rank
+    finite = {}
+    repeatable = torch.backends.cudnn.flags(enabled=True, deterministic=True)
+    with fail_on_all_ranks(), repeatable:  # the same kernels on any rank and in training
         for index, image, label in eval_images(dataset, rank, world, workers):
-            probabilities = predict(net, image.to(device, non_blocking=True), **options)
-            finite[index] = (
-                probabilities[0].isfinite().all()
-            )  # nan in one class is in all; looked at last: no GPU is waited for
-            matrix += confusion(probabilities.argmax(0), label.to(device, non_blocking=True), n)
+            label = cast(Tensor, label)  # the split is labelled
+            p = predict(net, image.to(device, non_blocking=True), **options)
+            finite[index] = p[0].isfinite().all()  # softmax: nan in one class is nan in all
+            matrix += confusion(p.argmax(0), label.to(device, non_blocking=True), n)
             progress(index + 1, len(dataset))
-        for index, fine in finite.items():
-            if not fine:
+        for index, is_finite in finite.items():  # after the loop, in which no GPU is waited for
+            if not is_finite:
                 raise InputError(f"{quote(dataset.items[index].image)}: {NOT_FINITE}")
     matrix = matrix.cpu()
     if world > 1:
@@ -247,34 +274,21 @@ def evaluate(
     return matrix
 
 
-# ------------------------------------------------------------------------------------------- what the scripts share
-
-
-# -------------------------------------------------------------------------------------------------------- pictures
-
-
-# ---------------------------------------------------------------------------------------------------------- the script
-
-
-def parse_evaluation(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The arguments. InputError for values out of range."""
-    p = Parser(description="mIoU of a checkpoint")
-    p.add_argument("checkpoint")
-    return parse_flags(p, argv, *FLAGS)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluate, and print the table from rank 0. Returns the exit status."""
-    args = parse_evaluation(argv)
-    with distributed(timedelta(days=1)) as (
-        rank,
-        world,
-        device,
-    ):  # until the slowest rank has done its share
+    """Evaluate; rank 0 prints the table. Returns the exit status."""
+    parser = Parser(description="mIoU of a checkpoint")
+    parser.add_argument("checkpoint")
+    args = parse_flags(parser, argv, *FLAGS)
+    with distributed(timedelta(days=1)) as (rank, world, device):  # for the slowest rank
         net, checkpoint = load_network(args.checkpoint, device, args.context)
         dataset = open_like(checkpoint, args.data, args.root, args.split, args.checkpoint)
         amp = choose_amp(args.amp or checkpoint["amp"], device)
-        live = rank == 0 and on_terminal(sys.stderr)
+
+        def show(done: int, n: int) -> None:
+            if rank == 0:
+                print_progress(f"{done}/{n} images")
+
+        views = {"scales": args.scales, "flip": args.flip, "crop": args.crop, "amp": AMP[amp]}
         matrix = evaluate(
             net,
             dataset,
@@ -282,33 +296,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             rank=rank,
             world=world,
             workers=args.workers,
-            scales=args.scales,
-            flip=args.flip,
-            crop=args.crop,
-            amp=AMP[amp],
-            progress=lambda done, n: (
-                live and print_line(f"\r{done}/{n} images", error=True, end="")
-            ),
+            progress=show,
+            **views,
         )
-        if live:
-            print_line("", error=True)
-        result = scores(matrix)
-        if rank == 0:
-            print(iou_table(result, dataset.classes))
-            if args.json:
-                print(
-                    json.dumps(
-                        {
-                            "miou": result["miou"],
-                            "accuracy": result["accuracy"],
-                            "iou": dict(zip(dataset.classes, result["iou"])),
-                            "images": len(dataset),
-                            "split": args.split,
-                            "amp": amp,
-                            "confusion": matrix.tolist(),
-                        }
-                    )
-                )
+    result = scores(matrix)
+    if rank == 0:
+        print_progress(f"{counted(len(dataset), 'image')} scored", last=True)
+        print(iou_table(result, dataset.classes))
+        if args.json:
+            result["iou"] = dict(zip(dataset.classes, result["iou"]))
+            result |= {"images": len(dataset), "split": args.split, "amp": amp}
+            result["confusion"] = matrix.tolist()
+            print(json.dumps(result))
     return 0
 
 

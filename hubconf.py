@@ -16,7 +16,7 @@ def network(
 ) -> dnl.Network:
     """A whole network, in training mode: `dnl.Network` says what goes in and comes out.
     preset: paper or released. backbone: resnet18, resnet34, resnet50, resnet101. weights, of the
-    backbone: none (random), imagenet (torchvision's, downloaded), or a file. ValueError for others."""
+    backbone: none (random), imagenet (torchvision's, downloaded), a file. ValueError for others."""
     if preset not in dnl.PRESETS:
         raise ValueError(f"preset {preset!r}: expected paper or released")
     net = dnl.build(_replace(dnl.PRESETS[preset], num_classes=num_classes, backbone=backbone))
@@ -27,7 +27,7 @@ def network(
 
 def trained(checkpoint: str, context: str | None = None) -> dnl.Network:
     """A network trained by train.py, in eval mode on the CPU: images -> logits, as `dnl.Network`.
-    context: MODULE:FACTORY, if training was given one. InputError, a ValueError, for other files."""
+    context: MODULE:FACTORY, if training had one. InputError, a ValueError, for other files."""
     from checkpoint import load_network  # here: it imports modules of common names, as data
 
     return load_network(checkpoint, "cpu", context)[0]

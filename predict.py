@@ -1,39 +1,45 @@
-"""Segment your own images with a checkpoint: masks of class ids, overlays, attention maps, a test server's files.
+"""Segment your own images: masks of class ids, overlays, attention maps, a test server's files.
 
-    python predict.py best.pt photo.jpg folder/                    # predictions/NAME.png and NAME_overlay.png
-    python predict.py best.pt photo.jpg --confidence --attention 400,300     # the maps of pixel x 400, y 300
-    torchrun --nproc-per-node 8 predict.py best.pt cityscapes/leftImg8bit/test --format cityscapes --out results
+    python predict.py best.pt photo.jpg folder/        # predictions/NAME.png and NAME_overlay.png
+    python predict.py best.pt photo.jpg --confidence --attention 400,300    # x 400, y 300
+    torchrun --nproc-per-node 8 predict.py best.pt leftImg8bit/test --format cityscapes
 
-NAME is the image's name relative to the folder that was given. Masks have the size of the upright image (EXIF). Above
-`SIDE` x `SIDE` pixels an image goes by tiles, of which the middle is kept: memory does not grow with its classes.
-Each image is computed alone, so that a mask does not depend on what else lay in the folder. A file that cannot be read
-is named on standard error and the others go on; the exit status is then 1.
+NAME is the image's name relative to the given folder. Masks have the size of the upright image
+(EXIF). A large image is computed tile by tile, so its probabilities need at most 1 GiB. Each image
+is computed alone, so a mask does not depend on the other files. A file that cannot be read is named
+on standard error, the others are still computed, and the exit status is 1.
 """
-
-from __future__ import annotations
 
 import argparse
 import os
 import re
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 import dnl
-from attention import attention_row, attention_sheet, pixel_of, require_attention, require_pixel
+from attention import (
+    Pixel,
+    attention_row,
+    attention_sheet,
+    pixel_of,
+    require_attention,
+    require_pixel,
+)
 from checkpoint import load_network
-from data import ADE20K, CITYSCAPES, LAYOUT, decode_image, eval_items
+from classes import ADE20K, CITYSCAPES
+from data import IMAGE_ENDINGS, eval_items
+from decode import decode_image
 from evaluate import predict_ids, tile_side, tiles
 from pictures import colorize, overlay
 from runtime import (
@@ -41,149 +47,122 @@ from runtime import (
     InputError,
     Parser,
     choose_amp,
+    counted,
     distributed,
-    on_terminal,
+    failure_line,
     parse_flags,
     print_line,
+    print_progress,
     quote,
     run_script,
-    write,
+    sum_over_ranks,
+    write_result,
 )
 
-SERVER = {
-    "cityscapes": tuple(CITYSCAPES),
-    "ade20k": ADE20K,
-}  # the classes, in the order of the network's outputs
+# The classes of each test server, in the order of the network's outputs.
+SERVER_CLASSES = {"cityscapes": tuple(CITYSCAPES), "ade20k": ADE20K}
+CITYSCAPES_IDS = np.array([values[0] for values in CITYSCAPES.values()], np.uint8)
+Found = list[tuple[Path, str]]  # image, name of its results
+Results = Iterator[tuple[str, Image.Image]]  # ending of the file's name, picture
 
-# ---------------------------------------------------------------------------------------------------- prediction
-
-
-# ---------------------------------------------------------------------------------------------------------- pictures
+# ---- files
 
 
-def attention_page(
-    net: dnl.Network,
-    image: Tensor,
-    pixel: tuple[int, int],
-    caption: str,
-    *,
-    device: torch.device,
-    side: int,
-) -> Image.Image:
-    """The sheet of one pixel of an image (3, H, W) uint8. Of an image that goes by tiles, the tile that its class is from."""
-    rows, columns = next(
-        s
-        for s, (ys, xs) in tiles(image.shape[1:], side)
-        if pixel[1] < ys.stop and pixel[0] < xs.stop
-    )
-    at = (pixel[0] - columns.start, pixel[1] - rows.start)
-    return attention_sheet(
-        [attention_row(net, image[:, rows, columns].to(device), at, caption, 2400)]
-    )
+def find_images(inputs: Sequence[str | Path], out: Path) -> tuple[Found, list[Path]]:
+    """The images, and the other files of the given folders.
 
-
-# ------------------------------------------------------------------------------------------------------------- files
-
-
-def find_images(
-    inputs: Sequence[str | Path], out: Path
-) -> tuple[list[tuple[Path, str]], list[Path]]:
-    """(file, name of its results) of each image, and the files of folders that have no image's ending.
-
-    Folders are searched to the bottom, without hidden files, linked folders and `out`. InputError: missing, or no image.
+    Folders are searched to the bottom, but not hidden ones, linked ones and `out`. InputError if
+    an input is missing or there is no image.
     """
 
-    def unreadable(e: OSError) -> None:
-        raise InputError(
-            f"{quote(e.filename)}: cannot be read ({e.strerror}): check its permissions"
-        )
+    def unreadable(error: OSError) -> None:
+        name = quote(error.filename)
+        raise InputError(f"{name}: cannot be read ({error.strerror}): check its permissions")
 
-    found, others, results = [], [], os.path.realpath(out)
+    top = os.path.realpath(out)
+    found, others = [], []
     for given in map(Path, inputs):
         if not given.exists():
-            raise InputError(
-                f"{quote(given)}: no such file or folder: give images, or folders of images"
-            )
+            raise InputError(f"{quote(given)}: no such file or folder: give images or folders")
         if not given.is_dir():
             found.append((given, given.stem))
             continue
         for here, folders, files in os.walk(given, onerror=unreadable):
-            folders[:] = sorted(
-                f for f in folders if f[0] != "." and os.path.realpath(Path(here, f)) != results
-            )
-            paths = [Path(here, f) for f in sorted(files) if f[0] != "."]
-            images = [p for p in paths if p.name.lower().endswith(LAYOUT["folder"][1])]
-            found += [(p, (p.parent.relative_to(given) / p.stem).as_posix()) for p in images]
-            others += [p for p in paths if p not in images]
+            folders[:] = sorted(f for f in folders if not f.startswith("."))
+            folders[:] = [f for f in folders if os.path.realpath(Path(here, f)) != top]
+            for file in sorted(f for f in files if not f.startswith(".")):
+                path = Path(here, file)
+                if file.lower().endswith(IMAGE_ENDINGS):
+                    name = path.relative_to(given).with_suffix("")
+                    found.append((path, name.as_posix()))
+                else:
+                    others.append(path)
     if not found:
-        raise InputError(
-            f"{', '.join(map(quote, inputs))}: no image; expected files *{', *'.join(LAYOUT['folder'][1])}"
-        )
+        expected = f"expected files *{', *'.join(IMAGE_ENDINGS)}"
+        raise InputError(f"{list_names(inputs)}: no image; {expected}")
     return found, others
 
 
-def server_names(found: list[tuple[Path, str]]) -> list[tuple[Path, str]]:
-    """Names as cityscapesScripts looks for them: CITY_SEQUENCE_FRAME*.png, one file for each, folders do not matter."""
-    frames = [
-        (path, re.fullmatch("([^_]+_[0-9]{6}_[0-9]{6})_leftImg8bit", path.stem))
-        for path, _ in found
-    ]
-    wrong = next((path for path, frame in frames if not frame), None)
-    if wrong:
-        raise InputError(
-            f"{quote(wrong)}: --format cityscapes expects images CITY_SEQUENCE_FRAME_leftImg8bit.png: give "
-            "leftImg8bit/test, or leave the flag out"
-        )
-    return [(path, f"{frame[1]}_pred_labelIds") for path, frame in frames]
+def server_names(found: Found) -> Found:
+    """The names that cityscapesScripts looks for: CITY_SEQUENCE_FRAME*.png, in any folder."""
+    renamed = []
+    for path, _ in found:
+        frame = re.fullmatch("([^_]+_[0-9]{6}_[0-9]{6})_leftImg8bit", path.stem)
+        if not frame:
+            raise InputError(
+                f"{quote(path)}: --format cityscapes expects images named "
+                "CITY_SEQUENCE_FRAME_leftImg8bit.png: give leftImg8bit/test, or leave the flag out"
+            )
+        renamed.append((path, f"{frame[1]}_pred_labelIds"))
+    return renamed
 
 
-def check_targets(found: list[tuple[Path, str]], out: Path, endings: Sequence[str]) -> None:
-    """InputError where `out` is a file, two images would write one file, an image would be overwritten, or a link leads out."""
+def check_targets(found: Found, out: Path, endings: Sequence[str]) -> None:
+    """InputError if a result would overwrite an image or another result, or lie outside `out`."""
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {quote(out)}: is a file: name a folder")
-    images, top, owner = {os.path.realpath(path) for path, _ in found}, os.path.realpath(out), {}
+    images = {os.path.realpath(path) for path, _ in found}
+    top = os.path.realpath(out)
+    owner: dict[str, Path] = {}
     for path, name in found:
-        for target in (os.path.join(top, name + end) for end in endings):
+        for ending in endings:
+            target = os.path.join(top, name + ending)
             first = owner.setdefault(target, path)
             if first is not path:
-                raise InputError(
-                    f"{quote(path)} and {quote(first)} would both write {quote(target)}: rename one, or give "
-                    "each its own --out"
-                )
+                both = f"{quote(path)} and {quote(first)} would both write {quote(target)}"
+                raise InputError(f"{both}: rename one, or give each its own --out")
             real = os.path.realpath(target)
             if real in images or not Path(real).is_relative_to(top):
-                raise InputError(
-                    f"{quote(target)}: would overwrite an image or leave {quote(out)}: choose another --out"
-                )
+                wrong = f"{quote(target)}: would overwrite an image or leave {quote(out)}"
+                raise InputError(f"{wrong}: choose another --out")
 
 
 def check_server(out: Path, names: Sequence[str]) -> None:
-    """Says what the Cityscapes server would refuse in `out`: missing or extra files, another size, another count."""
-    expected = {name + ".png" for name in names}
-    there = {p.relative_to(out).as_posix() for p in out.rglob("*.png")}
-    lists = {
-        "missing": expected - there,
-        "not of this run, remove them": there - expected,
-        "not 2048x1024": [
-            name for name in expected & there if Image.open(out / name).size != (2048, 1024)
-        ],
+    """Print what the Cityscapes server would refuse in `out`: wrong files, sizes, or number."""
+    expected = {f"{name}.png" for name in names}
+    present = {path.relative_to(out).as_posix() for path in out.rglob("*.png")}
+    written = expected & present
+    problems = {
+        "missing": expected - present,
+        "not of this run, remove them": present - expected,
+        "not 2048x1024": {f for f in written if Image.open(out / f).size != (2048, 1024)},
     }
-    for what, files in lists.items():
+    for problem, files in problems.items():
         if files:
-            print_over_progress(f"{len(files)} {what}: {_some(sorted(files))}")
-    if len(there) != 1525:
-        print_over_progress(f"{len(there)} files; the server expects the 1525 of the test split")
+            print_line(f"{len(files)} {problem}: {list_names(sorted(files))}", error=True)
+    if len(present) != 1525:
+        line = f"{counted(len(present), 'file')}; the server expects the 1525 of the test split"
+        print_line(line, error=True)
 
 
-def _some(names: Sequence[Path | str], most: int = 20) -> str:
-    """The names for a message, as far as they fit."""
-    return ", ".join(map(quote, names[:most])) + f" and {len(names) - most} more" * (
-        len(names) > most
-    )
+def list_names(names: Sequence[Path | str]) -> str:
+    """The first 20 names, for a message."""
+    text = ", ".join(map(quote, names[:20]))
+    return f"{text} and {len(names) - 20} more" if len(names) > 20 else text
 
 
 @dataclass(frozen=True)
-class _Images:
+class _Images(Dataset):
     """index -> (index, image (H, W, 3) uint8, or the error that tells why there is none)."""
 
     paths: list[Path]
@@ -195,137 +174,112 @@ class _Images:
             return index, e
 
 
-# -------------------------------------------------------------------------------------------------------- the script
+# ---- results
 
 
-def parse_prediction(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The arguments. InputError for values out of range."""
-    p = Parser(description="Masks and pictures of images")
-    p.add_argument("checkpoint")
-    p.add_argument("images", nargs="+", metavar="IMAGE|FOLDER")
-    p.add_argument(
-        "--out",
-        type=Path,
-        default=Path("predictions"),
-        help="folder of the results (default: predictions)",
-    )
-    p.add_argument(
-        "--format",
-        choices=["masks", *SERVER],
-        default="masks",
-        help="palette masks of class ids with overlays, or the files of a test server alone (default: masks)",
-    )
-    p.add_argument(
-        "--confidence", action="store_true", help="also the top class's probability, white is 1"
-    )
-    p.add_argument("--attention", metavar="X,Y", type=pixel_of, help="also the maps of this pixel")
-    args = parse_flags(p, argv, "scales", "flip", "crop", "amp", "context", "workers")
-    if args.format != "masks" and (args.confidence or args.attention):
-        raise InputError(
-            f"--format {args.format} writes the server's files alone: leave out --confidence, --attention"
-        )
-    return args
+def attention_page(
+    net: dnl.Network, image: Tensor, pixel: Pixel, caption: str, *, device: torch.device, side: int
+) -> Image.Image:
+    """The sheet of a pixel of an image (3, H, W) uint8, or of its tile if there are several."""
+    x, y = pixel
+    _, H, W = image.shape
+    for rows, columns in tiles(H, W, side):
+        if y < rows.kept.stop and x < columns.kept.stop:
+            break
+    part = image[:, rows.seen, columns.seen].to(device)
+    at = (x - columns.seen.start, y - rows.seen.start)
+    return attention_sheet([attention_row(net, part, at, caption, 2400)])
 
 
-def pictures(
+def result_endings(args: argparse.Namespace) -> list[str]:
+    """The endings of the files that `results` makes of each image."""
+    endings = [".png"]
+    if args.format == "masks":
+        endings.append("_overlay.png")
+    if args.confidence:
+        endings.append("_confidence.png")
+    if args.attention:
+        endings.append("_attention.png")
+    return endings
+
+
+def results(
     image: Tensor,
     path: Path,
-    net: nn.Module,
+    net: dnl.Network,
     checkpoint: dict[str, Any],
     args: argparse.Namespace,
     device: torch.device,
-    amp: torch.dtype | None,
-) -> Iterator[tuple[str, Image.Image]]:
-    """The results of an image (H, W, 3) uint8, each with the ending of its file's name. InputError, after the others, where the
-    pixel of --attention is not in the image."""
-    side, x = tile_side(len(checkpoint["classes"]), args.crop), image.permute(2, 0, 1)
-    ids, confidence = predict_ids(
-        net,
-        x,
-        quote(path),
-        device=device,
-        side=side,
-        scales=args.scales,
-        flip=args.flip,
-        crop=args.crop,
-        amp=amp,
-    )
+) -> Results:
+    """The files that the flags ask for, of an image (H, W, 3) uint8.
+
+    InputError, after the other files, if the pixel of --attention is not in the image.
+    """
+    classes, colors = checkpoint["classes"], checkpoint["colors"]
+    amp = AMP[choose_amp(args.amp or checkpoint["amp"], device)]
+    views = {"scales": args.scales, "flip": args.flip, "crop": args.crop, "amp": amp}
+    side = tile_side(len(classes), args.crop)
+    x = image.permute(2, 0, 1)
+    ids, confidence = predict_ids(net, x, quote(path), device=device, side=side, **views)
     if args.format == "cityscapes":
-        yield ".png", Image.fromarray(np.array([v[0] for v in CITYSCAPES.values()], np.uint8)[ids])
+        yield ".png", Image.fromarray(CITYSCAPES_IDS[ids])
         return
     if args.format == "ade20k":
         yield ".png", Image.fromarray(ids + np.uint8(1))
         return
-    yield ".png", colorize(ids, checkpoint["colors"])
-    yield "_overlay.png", overlay(image, quote(path.name), ids, checkpoint)
+    yield ".png", colorize(ids, colors)
+    yield "_overlay.png", overlay(image.numpy(), quote(path.name), ids, classes, colors)
     if args.confidence:
         yield "_confidence.png", Image.fromarray(confidence)
     if args.attention:
-        require_pixel(args.attention, image.shape[1], image.shape[0], path)
-        caption = "{},{} {}".format(
-            *args.attention, checkpoint["classes"][ids[args.attention[::-1]]]
-        )
-        yield (
-            "_attention.png",
-            attention_page(net, x, args.attention, caption, device=device, side=side),
-        )
+        column, row = args.attention
+        require_pixel(args.attention, ids.shape[1], ids.shape[0], path)
+        caption = f"{column},{row} {classes[ids[row, column]]}"
+        page = attention_page(net, x, args.attention, caption, device=device, side=side)
+        yield "_attention.png", page
 
 
-def endings(args: argparse.Namespace) -> list[str]:
-    """The endings of the files that `pictures` makes, before there are any."""
-    if args.format != "masks":
-        return [".png"]
-    return (
-        [".png", "_overlay.png"]
-        + ["_confidence.png"] * args.confidence
-        + ["_attention.png"] * bool(args.attention)
-    )
+def image_failure(error: Exception, path: Path) -> str:
+    """Why an image has no result, as a line. Raises an error that every image would have."""
+    if isinstance(error, InputError):
+        return str(error)
+    line = failure_line(error)
+    if line is None:
+        if isinstance(error, RuntimeError):
+            raise error
+        line = f"no result ({type(error).__name__}: {error}): convert it, or remove it"
+    return f"{quote(path)}: {quote(line)}"
 
 
-def save(picture: Image.Image, target: Path) -> None:
-    """Write a PNG as a whole or not at all. InputError where it cannot be written."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write(target, lambda f: picture.save(f, "PNG"))
-    except OSError as e:
-        raise InputError(
-            f"{quote(target)}: cannot be written ({e.strerror}): make room or choose another --out"
-        ) from e
+# ---- the script
 
 
-def print_over_progress(line: str, end: str = "\n") -> None:
-    """A line on standard error; on a terminal it replaces the progress line, and end "" makes it one."""
-    terminal = on_terminal(sys.stderr)
-    if end or terminal:
-        print_line(("\r\033[K" if terminal else "") + line, error=True, end=end)
-
-
-def failure_line(e: Exception, path: Path) -> str:
-    """The line that tells why an image has no result. Raises e where it does not come from the image."""
-    if isinstance(e, InputError):
-        return str(e)
-    if (
-        isinstance(e, MemoryError) or "out of memory" in str(e) or "allocate memory" in str(e)
-    ):  # the GPU's; the CPU's
-        return f"{quote(path)}: out of memory: give --crop 768, or less"
-    if isinstance(e, RuntimeError):
-        raise e
-    return f"{quote(path)}: no result ({type(e).__name__}: {e}): convert it, or remove it"
+def parse_prediction(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments. InputError for values out of range."""
+    parser = Parser(description="Masks and pictures of images")
+    add = parser.add_argument
+    add("checkpoint")
+    add("images", nargs="+", metavar="IMAGE|FOLDER")
+    out = Path("predictions")
+    add("--out", type=Path, default=out, help=f"folder of the results (default: {out})")
+    formats = "palette masks with overlays, or only the files of a test server (default: masks)"
+    add("--format", choices=["masks", *SERVER_CLASSES], default="masks", help=formats)
+    confidence = "also the probability of the predicted class, white is 1"
+    add("--confidence", action="store_true", help=confidence)
+    add("--attention", metavar="X,Y", type=pixel_of, help="also the attention maps of this pixel")
+    args = parse_flags(parser, argv, "scales", "flip", "crop", "amp", "context", "workers")
+    if args.format != "masks" and (args.confidence or args.attention):
+        raise InputError(f"--format {args.format}: leave out --confidence and --attention")
+    return args
 
 
 def predict_all(
-    found: list[tuple[Path, str]],
-    net: nn.Module,
-    checkpoint: dict[str, Any],
-    args: argparse.Namespace,
-    rank: int,
-    world: int,
-    device: torch.device,
+    found: Found, make: Callable[..., Results], args: argparse.Namespace, rank: int, world: int
 ) -> int:
-    """Do images rank, rank + world, ... Returns how many failed, over all ranks."""
-    counts, start = torch.zeros(2, dtype=torch.int64), time.monotonic()
-    amp = AMP[choose_amp(args.amp or checkpoint["amp"], device)]
-    loader = DataLoader(
+    """Write what `make` gives for images rank, rank + world, ... Returns all ranks' failures."""
+    done = failed = 0
+    start = time.monotonic()
+    loader: DataLoader[Any] = DataLoader(
         _Images([path for path, _ in found]),
         batch_size=None,
         num_workers=args.workers,
@@ -336,56 +290,45 @@ def predict_all(
         try:
             if isinstance(image, Exception):
                 raise image
-            for end, picture in pictures(image, path, net, checkpoint, args, device, amp):
-                save(picture, args.out / (name + end))
-            counts[0] += 1
-        except (
-            ValueError,
-            OSError,
-            SystemError,
-            RuntimeError,
-            MemoryError,
-        ) as e:  # of this image; the others go on
-            counts[1] += 1
-            print_over_progress(failure_line(e, path))
+            for ending, picture in make(image, path):
+                write_result(args.out / (name + ending), partial(picture.save, format="PNG"))
+            done += 1
+        except (ValueError, OSError, SystemError, RuntimeError, MemoryError) as e:
+            failed += 1  # this image; the others are still computed
+            print_line(image_failure(e, path), error=True)
         if rank == 0:
-            rate = counts.sum() * world / (time.monotonic() - start)
-            print_over_progress(f"{index + 1}/{len(found)} images, {rate:.2f} images/s", end="")
-    if world > 1:
-        dist.all_reduce(counts)
-    done, failed = counts.tolist()
+            rate = (done + failed) * world / (time.monotonic() - start)
+            print_progress(f"{index + 1}/{len(found)} images, {rate:.2f} images/s")
+    done, failed = map(int, sum_over_ranks([done, failed]))
     if rank == 0:
-        print_over_progress(
-            f"{done} images to {quote(args.out)}, {done / (time.monotonic() - start):.2f} images/s"
-            + f"; {failed} failed, named above" * (failed > 0)
-        )
+        rate = done / (time.monotonic() - start)
+        line = f"{counted(done, 'image')} to {quote(args.out)}, {rate:.2f} images/s"
+        if failed:
+            line += f"; {failed} failed, named above"
+        print_progress(line, last=True)
     return failed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Predict every image. Exit status 1 where one of them failed."""
+    """Predict every image. Exit status 1 if one of them failed."""
     args = parse_prediction(argv)
     found, others = find_images(args.images, args.out)
-    found = server_names(found) if args.format == "cityscapes" else found
-    check_targets(found, args.out, endings(args))
-    with distributed(timedelta(days=1)) as (
-        rank,
-        world,
-        device,
-    ):  # until the slowest rank has done its largest image
+    if args.format == "cityscapes":
+        found = server_names(found)
+    check_targets(found, args.out, result_endings(args))
+    with distributed(timedelta(days=1)) as (rank, world, device):  # for the slowest rank
         net, checkpoint = load_network(args.checkpoint, device, args.context)
-        if tuple(checkpoint["classes"]) != SERVER.get(args.format, tuple(checkpoint["classes"])):
-            raise InputError(
-                f"{args.checkpoint}: trained on {checkpoint['data']}; --format {args.format} expects the "
-                f"classes of {args.format}: leave the flag out"
-            )
+        classes = tuple(checkpoint["classes"])
+        if classes != SERVER_CLASSES.get(args.format, classes):
+            got = f"{quote(args.checkpoint)}: trained on {checkpoint['data']}"
+            raise InputError(f"{got}; expected {args.format}: leave out --format {args.format}")
         if args.attention:
             require_attention(net, args.checkpoint)
         if others and rank == 0:
-            print_over_progress(f"left out, without an image's ending: {_some(others)}")
-        if world > 1:
-            dist.barrier()  # no rank writes while another still looks for images
-        failed = predict_all(found, net, checkpoint, args, rank, world, device)
+            print_line(f"left out, names without an image ending: {list_names(others)}", error=True)
+        sum_over_ranks([])  # no rank writes before every rank has looked for images
+        make = partial(results, net=net, checkpoint=checkpoint, args=args, device=device)
+        failed = predict_all(found, make, args, rank, world)
         if args.format == "cityscapes" and rank == 0:
             check_server(args.out, [name for _, name in found])
     return 1 if failed else 0

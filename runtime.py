@@ -1,11 +1,14 @@
-"""What every script starts, says and ends with: wrong input as one line, printing, whole-file writes, the argument parser and
-the exit status; ranks, device, precision and signals."""
+"""What every script starts, says and ends with.
 
-from __future__ import annotations
+Wrong input as one line, printing, whole-file writes, the argument parser, the exit status; ranks,
+device, precision, signals.
+"""
 
 import argparse
 import io
 import os
+import resource
+import secrets
 import shutil
 import signal
 import sys
@@ -15,13 +18,12 @@ from contextlib import contextmanager
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import Any, BinaryIO, NoReturn, TextIO
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-GROUP_SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -29,35 +31,35 @@ class InputError(ValueError):
     """Unusable input, as one line: the file, what was got, what was expected and how to mend it."""
 
 
+# ---- printing
+
+
 def print_line(text: str, error: bool = False, end: str = "\n") -> None:
-    """Print to standard output, or error, where anybody listens: a closed pipe or a full disk behind it stops nothing."""
+    """Print to standard output, or standard error. A closed pipe or a full disk stops nothing.
+
+    On a terminal the line replaces an open line of progress.
+    """
     stream = sys.stderr if error else sys.stdout
+    if stream is None:  # closed; print would use standard output
+        return
     try:
-        if stream is not None:  # which print would take for standard output
-            print(text, file=stream, end=end, flush=True)
+        if on_terminal(stream):
+            text = f"\r\033[K{text}"
+        print(text, file=stream, end=end, flush=True)
     except OSError:
-        discard(stream)
+        discard_output(stream)
 
 
-def discard(stream: TextIO) -> None:
-    """Drop what a stream could not write: else each flush would fail on it, that of a starting process of the loader too, and that
-    of the exit, which makes the status 120."""
-    fd, null = stream.fileno(), os.open(os.devnull, os.O_WRONLY)
-    kept = os.dup(fd)
-    os.dup2(null, fd)
-    stream.flush()
-    os.dup2(kept, fd)
-    os.close(kept)
-    os.close(null)
+def print_progress(line: str, last: bool = False, log: bool = False) -> None:
+    """Show progress: on a terminal a line that is rewritten in place, elsewhere only the last line.
 
-
-def print_progress(line: str, *, last: bool = False) -> None:
-    """Show progress on standard error: on a terminal rewritten in place, elsewhere the last line alone."""
-    if on_terminal(sys.stderr):
-        columns = shutil.get_terminal_size().columns - 1  # a longer line could not be taken back
-        print_line(f"\r\033[K{line[:columns]}", error=True, end="\n" if last else "")
-    elif last:
-        print_line(line, error=True)
+    log: on standard output, and elsewhere every line; otherwise on standard error.
+    """
+    if on_terminal(sys.stdout if log else sys.stderr):
+        columns = shutil.get_terminal_size().columns - 1  # a wrapped line could not be rewritten
+        print_line(line[:columns], error=not log, end="\n" if last else "")
+    elif last or log:
+        print_line(line, error=not log)
 
 
 def on_terminal(stream: TextIO | None) -> bool:
@@ -65,90 +67,120 @@ def on_terminal(stream: TextIO | None) -> bool:
     return stream is not None and stream.isatty()
 
 
+def discard_output(stream: TextIO) -> None:
+    """Discard what could not be written. Otherwise every later flush fails, and the exit too."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
+    stream.flush()
+
+
 def quote(path: Path | str) -> str:
-    """A file's name for a message; quoted and escaped where it would break the line or cannot be printed."""
-    return str(path) if str(path).isprintable() else repr(str(path))
+    """A file's name for a message: escaped if it would break the line or cannot be printed."""
+    text = str(path)
+    return text if text.isprintable() else repr(text)
+
+
+def counted(n: int, noun: str) -> str:
+    """1 image, 2 images."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+# ---- files
+
+
+def regular_file(path: Path | str) -> Path:
+    """The path, if a regular file is there; else OSError. Opening a pipe would wait for ever."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(0, "no such file")
+    if not os.path.isfile(path):
+        raise OSError(0, "not a file")
+    return Path(path)
 
 
 def write(path: Path, save: Callable[[BinaryIO], object]) -> None:
-    """Call save(file) on a file beside `path`, flush it to the disk, then replace: `path` is whole whatever happens, the
-    old one or the new one. OSError (a full disk) leaves the old one and nothing beside it."""
-    beside = path.with_name(path.name + ".part")
+    """Call save(file) on a new file beside `path`, flush it to the disk, then replace `path`.
+
+    So `path` is always whole: the old file or the new one. OSError (a full disk) leaves the old one
+    and nothing else.
+    """
+    beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
-        with open(beside, "wb") as f:
+        with open(beside, "xb") as f:  # x: a link that somebody put there is not followed
             save(f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(beside, path)
     except BaseException as e:
         beside.unlink(missing_ok=True)
-        if isinstance(e, RuntimeError) and isinstance(
-            e.__context__, OSError
-        ):  # torch.save's writer has words of its own for it
-            raise e.__context__ from None
+        if isinstance(e, RuntimeError) and isinstance(e.__context__, OSError):
+            raise e.__context__ from None  # torch.save hides the system's error behind its own
         raise
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, as those of wrong files."""
+def write_result(path: Path, save: Callable[[BinaryIO], object]) -> None:
+    """`write`, in a folder that is made if needed. InputError if it fails."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, save)
+    except OSError as e:
+        raise InputError(
+            f"{quote(path)}: cannot be written ({e.strerror}): make room or choose another --out"
+        ) from e
 
-    def error(self, message: str) -> None:
+
+# ---- the command line
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is an InputError."""
+
+    def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (--help lists the flags)")
 
 
-FLAGS = {  # spelt and meant alike in the scripts that take a checkpoint
+FLAGS: dict[str, dict[str, Any]] = {  # the same in every script that takes a checkpoint
     "data": {"help": "data set (default: the checkpoint's)"},
     "root": {"help": "its folder (default: the checkpoint's)"},
     "split": {"default": "val", "help": "of the data set (default: val)"},
-    "scales": {
-        "type": float,
-        "nargs": "+",
-        "default": [1.0],
-        "help": "of the image, averaged over (default: 1.0)",
-    },
+    "scales": {"type": float, "nargs": "+", "default": [1.0], "help": "averaged (default: 1.0)"},
     "flip": {"action": "store_true", "help": "average with the mirrored image"},
     "crop": {"type": int, "help": "sliding windows of this size (default: the whole image)"},
     "amp": {"choices": ["auto", *AMP], "help": "precision (default: the checkpoint's)"},
-    "context": {"help": "MODULE:FACTORY, again, where training was given one"},
-    "workers": {
-        "type": int,
-        "default": 2,
-        "help": "processes that read images, per rank (default: 2)",
-    },
-    "json": {"action": "store_true", "help": "one JSON object as the last line"},
+    "context": {"help": "MODULE:FACTORY, again, if training was given one"},
+    "workers": {"type": int, "default": 2, "help": "reading processes a rank (default: 2)"},
+    "json": {"action": "store_true", "help": "print one JSON object as the last line"},
 }
 
 
-def add_flags(p: argparse.ArgumentParser, *names: str) -> None:
-    """Add flags of FLAGS to a parser."""
+def add_flags(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Add some of FLAGS to a parser."""
     for name in names:
-        p.add_argument(f"--{name}", **FLAGS[name])
+        parser.add_argument(f"--{name}", **FLAGS[name])
 
 
 def parse_flags(
-    p: argparse.ArgumentParser, argv: Sequence[str] | None, *names: str
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, *names: str
 ) -> argparse.Namespace:
-    """The arguments of a parser and of these FLAGS. InputError for values out of range."""
-    add_flags(p, *names)
-    args = p.parse_args(argv)
-    crop = getattr(args, "crop", None)
-    if (
-        not all(0 < s <= 10 for s in getattr(args, "scales", [1]))
-        or (crop is not None and crop < 1)
-        or args.workers < 0
-    ):
-        raise InputError(
-            "--scales must be above 0 and at most 10, --crop above 0, --workers 0 or more"
-        )
+    """The arguments of a parser and of some of FLAGS. InputError for values out of range."""
+    add_flags(parser, *names)
+    args = parser.parse_args(argv)
+    if args.workers < 0:
+        raise InputError(f"--workers {args.workers}: expected 0 or more")
+    if "crop" in names and args.crop is not None and args.crop < 1:
+        raise InputError(f"--crop {args.crop}: expected 1 or more")
+    for scale in args.scales if "scales" in names else ():
+        if not 0.01 <= scale <= 10:
+            raise InputError(f"--scales {scale}: expected 0.01 to 10")
     return args
 
 
 def import_factory(context: str) -> Callable[[int, int], nn.Module] | None:
-    """The factory that `MODULE:FACTORY` names, imported; None for the built-in contexts. InputError when there is none."""
+    """The factory that MODULE:FACTORY names, imported; None for a built-in context."""
     if ":" not in context:
         return None
     module, name = context.split(":", 1)
-    sys.path.insert(0, os.getcwd())  # the user's module lies where the user stands
+    sys.path.insert(0, os.getcwd())  # the user's module lies in the current folder
     try:
         factory = getattr(import_module(module), name)
         if not callable(factory):
@@ -156,31 +188,46 @@ def import_factory(context: str) -> Callable[[int, int], nn.Module] | None:
         return factory
     except Exception as e:  # the user's module can fail in any way
         raise InputError(
-            f"--context {quote(context)}: {quote(str(e))}; expected MODULE:FACTORY with FACTORY(channels, num_classes) -> "
-            "module"
+            f"--context {quote(context)}: {quote(str(e))}; expected MODULE:FACTORY "
+            "with FACTORY(channels, num_classes) -> module"
         ) from None
     finally:
         sys.path.pop(0)
 
 
-REASONS = {  # in the text of an error that is not of the program: what to do
-    "DataLoader worker": "a process that reads images was killed, probably out of memory: lower --workers, or enlarge /dev/shm",
-    "process pool": "a process that reads images was killed, probably out of memory: lower --workers",
-    "by peer": "another rank is gone: its own line says why, or it was killed",  # gloo: closed, or reset
-    "out of memory": "out of memory: lower --batch (train.py), or give --crop (the others)",  # a GPU's
-    "allocate memory": "out of memory: lower --batch (train.py), or give --crop (the others)",
-}  # a CPU's
+# ---- how a script ends
+
+KILLED = "a process that reads images was killed, probably out of memory: lower --workers"
+FAILURES = {  # a part of an error's text: what to print
+    "DataLoader worker": f"{KILLED}, or enlarge /dev/shm",
+    "process pool": KILLED,
+    "by peer": "another rank is gone: its own line says why, or it was killed",  # gloo
+}
+
+
+def failure_line(error: BaseException) -> str | None:
+    """The line for an error that the machine caused; None for an error of the program."""
+    text = str(error)
+    no_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if no_memory or "allocate memory" in text:  # the CPU's allocator raises a plain RuntimeError
+        return "out of memory: lower --batch (train.py), or give --crop (the others)"
+    for part, line in FAILURES.items():
+        if part in text:
+            return line
+    return text if isinstance(error, OSError) else None
 
 
 def run_script(main: Callable[[], int | None], needs_output: bool = True) -> None:
-    """Run a script's main. Wrong input becomes one line on standard error and exit status 2; what the machine lacks, 1, and so
-    does an output that is lost, if the script is for its output; Ctrl-C 130."""
+    """Run a script's main and exit with its status.
+
+    Wrong input is one line on standard error and status 2; a failure of the machine, or a lost
+    output if the script needs it, is status 1; Ctrl-C is 130.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(
-                errors="backslashreplace"
-            )  # a name that cannot be printed ends nothing
-    status, line = 1, ""
+            stream.reconfigure(errors="backslashreplace")  # for names that cannot be printed
+    status: int | None = 1
+    line = None
     try:
         status = main()
         if needs_output and sys.stdout is not None:
@@ -190,136 +237,176 @@ def run_script(main: Callable[[], int | None], needs_output: bool = True) -> Non
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     except (OSError, MemoryError, RuntimeError) as e:
-        text = "out of memory" if isinstance(e, MemoryError) else str(e)
-        line = next(
-            (reason for part, reason in REASONS.items() if part in text),
-            text * isinstance(e, OSError),
-        )
-        if not line:
+        status, line = 1, failure_line(e)
+        if line is None:
             raise
-        status = 1
-    if line:
+    if line is not None:
         print_line(f"{Path(sys.argv[0]).name}: {quote(line)}", error=True)
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:
                 stream.flush()
         except OSError:
-            discard(stream)
+            discard_output(stream)
     sys.exit(status)
 
 
-def from_environment(name: str, default: int) -> int:
-    """A whole number among the environment variables."""
-    text = os.environ.get(name, str(default))
-    try:
-        return int(text)
-    except ValueError:
-        raise InputError(
-            f"{name}={text!r} in the environment: expected a number, as torchrun sets it"
-        ) from None
+# ---- ranks
+
+
+def sum_over_ranks(numbers: Sequence[float], failure: InputError | None = None) -> list[float]:
+    """The sums of plain numbers over all ranks, on the CPU: a GPU is not waited for.
+
+    If one rank brings a failure, every rank raises: that rank its own, the others one that says so.
+    This is the only way in which a failure reaches the other ranks, which would wait for ever.
+    """
+    if not dist.is_initialized():
+        if failure is not None:
+            raise failure
+        return list(numbers)
+    totals = torch.tensor([*numbers, failure is not None], dtype=torch.float64)
+    dist.all_reduce(totals)
+    *sums, failures = totals.tolist()
+    if failure is not None:
+        raise failure
+    if failures:
+        raise InputError(f"rank {dist.get_rank()}: stopped, because another rank cannot go on")
+    return sums
 
 
 @contextmanager
-def fail_on_all_ranks(rank: int) -> Iterator[None]:
-    """A block that ends in an InputError on every rank where it does on one: the others would wait for that rank."""
+def fail_on_all_ranks() -> Iterator[None]:
+    """If the block raises InputError on one rank, raise it on all: the others would wait for it."""
     failure = None
     try:
         yield
     except InputError as e:
         failure = e
-    failed = torch.tensor(int(failure is not None))
-    if dist.is_initialized():
-        dist.all_reduce(failed)
-    if failed:
-        raise failure or InputError(f"rank {rank}: stopped, since another rank cannot go on")
+    sum_over_ranks([], failure)
+
+
+def read_ranks() -> tuple[int, int, int]:
+    """(rank, world, local rank) as torchrun sets them, or (0, 1, 0)."""
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}
+    found = {name: os.environ.get(name, default) for name, default in defaults.items()}
+    try:
+        rank, world, local, port = map(int, found.values())
+    except ValueError:
+        rank = world = local = port = -1
+    reachable = world == 1 or ("MASTER_ADDR" in os.environ and 0 < port < 65536)
+    if not (0 <= rank < world and local >= 0 and reachable):
+        listed = ", ".join(f"{name}={value!r}" for name, value in found.items())
+        raise InputError(
+            f"{listed} or MASTER_ADDR in the environment are not torchrun's: unset them, or start "
+            "with torchrun"
+        )
+    return rank, world, local
+
+
+def local_device(local: int) -> torch.device:
+    """The GPU of a local rank, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if local >= count:
+        raise InputError(
+            f"local rank {local} has no GPU, the machine has {count}: lower --nproc-per-node"
+        )
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
 
 
 @contextmanager
 def distributed(
     timeout: timedelta = timedelta(minutes=10),
 ) -> Iterator[tuple[int, int, torch.device]]:
-    """(rank, world, device) from torchrun's environment, or (0, 1, device) without it. The process group (nccl for GPU
-    tensors, gloo for CPU ones) lives exactly as long as the block; a rank that waits so long for another gives up."""
-    rank, world, local = (
-        from_environment(k, d) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
-    if (
-        not (0 <= rank < world and 0 <= local)
-        or world > 1
-        and ("MASTER_ADDR" not in os.environ or not 0 < from_environment("MASTER_PORT", 0) < 65536)
-    ):
-        raise InputError(
-            f"RANK {rank}, LOCAL_RANK {local}, WORLD_SIZE {world}, MASTER_ADDR or MASTER_PORT in the environment are not "
-            "torchrun's: unset them, or start by torchrun"
-        )
-    gpu = torch.cuda.is_available()
-    if gpu and local >= torch.cuda.device_count():
-        raise InputError(
-            f"local rank {local} has no GPU, the machine has {torch.cuda.device_count()}: lower --nproc-per-node"
-        )
-    device = torch.device("cuda", local) if gpu else torch.device("cpu")
-    if gpu:
-        torch.cuda.set_device(device)
+    """(rank, world, device), and the process group for as long as the block runs, if there are
+    several ranks.
+
+    nccl sums tensors of GPUs, gloo those of CPUs. A rank that waits longer than the timeout for
+    another gives up.
+    """
+    rank, world, local = read_ranks()
+    device = local_device(local)
     if world > 1:
         store = next(dist.rendezvous("env://"))[0]
-        if (
-            os.environ.get("GROUP_WORLD_SIZE") == "1"
-        ):  # one node, where the ranks' counts of restarts agree: after one, torchrun's
-            store = dist.PrefixStore(
-                f"restart{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
-            )  # store still has dead addresses
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if gpu else "gloo",
-            store=store,
-            rank=rank,
-            world_size=world,
-            timeout=timeout,
-        )
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # After a restart torchrun's store still has the addresses of dead processes. On one
+            # node all ranks know the number of restarts.
+            restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(f"restart{restarts}", store)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     try:
         yield rank, world, device
     finally:
         if dist.is_initialized():
-            time.sleep(
-                0.1
-            )  # gloo's threads want Python's lock to drop their last tensors; its destructor waits for them, holding it
+            # gloo's destructor holds Python's lock while it waits for threads that need the lock to
+            # drop their tensors.
+            time.sleep(0.1)
             dist.destroy_process_group()
 
 
+# ---- precision, kernels, signals
+
+
 def choose_amp(amp: str, device: torch.device) -> str:
-    """'auto' to 'bf16' where the machine computes it well (GPUs since Ampere, CPUs with AVX512-BF16 or AMX), else to 'fp16' on a
-    GPU and 'off' on a CPU."""
+    """The precision that "auto" stands for: bf16 if the machine is fast at it, else fp16 on a GPU
+    and off on a CPU.
+
+    Fast at bf16 are GPUs since Ampere, and CPUs with AVX512-BF16 or AMX.
+    """
     if amp != "auto":
         return amp
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
-    fast = [
-        getattr(torch.cpu, name, bool)()
-        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    ]
-    return "bf16" if any(fast) else "off"
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if fast else "off"
 
 
-def choose_kernels(args: argparse.Namespace) -> None:
-    """For this process: the fastest convolutions of the GPU, or the repeatable ones with --deterministic."""
-    torch.backends.cudnn.benchmark = not args.deterministic
-    if args.deterministic:
+def choose_kernels(deterministic: bool) -> None:
+    """For this process: the fastest convolutions of the GPU, or repeatable kernels."""
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
 
 
+def to_device(net: nn.Module, device: torch.device | str) -> None:
+    """Move a network to a device, channels innermost, which convolutions are fastest with."""
+    net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory so far, GiB: of tensors on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def existing_signals(*names: str) -> list[signal.Signals]:
+    """The signals of these names that the system has."""
+    return [signal.Signals[name] for name in names if name in signal.Signals.__members__]
+
+
+# A terminal or Slurm sends these to every process of a group, loader processes included.
+GROUP_SIGNALS = existing_signals("SIGINT", "SIGUSR1", "SIGHUP")
+
+
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that receives SIGTERM, SIGUSR1 (Slurm's warning), SIGINT and, but under nohup, SIGHUP: the step is finished and the
-    run saved."""
+    """A list that receives the numbers of SIGTERM, SIGINT, SIGUSR1 (Slurm's warning) and SIGHUP
+    while the block runs.
+
+    A signal that is ignored, as SIGHUP is under nohup, stays so.
+    """
     caught: list[int] = []
-    old = {
-        s: signal.signal(s, lambda number, frame: caught.append(number))
-        for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-        if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN
-    }
+    old = {}
+    for number in (signal.SIGTERM, *GROUP_SIGNALS):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            old[number] = signal.signal(number, lambda number, frame: caught.append(number))
     try:
         yield caught
     finally:
-        for s, handler in old.items():
-            signal.signal(s, handler)
+        for number, handler in old.items():
+            signal.signal(number, handler)

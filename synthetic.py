@@ -1,96 +1,121 @@
-"""Synthetic scenes: a small data set without files. Each scene is a function of (split, index) alone."""
+"""Synthetic scenes: a small data set without files. A scene depends on (split, index) alone."""
 
 import numpy as np
+from numpy import ndarray
+from numpy.random import Generator, default_rng
 
-CLASSES = ("sky", "ground", "wall", "fence", "flag", "board", "ball", "ring")
+CLASSES = (
+    "sky",  # smooth
+    "ground",  # speckle of 3 pixels
+    "wall",  # bricks
+    "fence",  # upright bars, nothing between
+    "flag",  # level stripes
+    "board",  # checks
+    "ball",  # shaded from a light at the upper left
+    "ring",  # shaded across, nothing inside
+)
 SIZES = {"train": 512, "val": 64, "test": 16}
 STREAMS = {"train": 0, "val": 1, "test": 3}  # the first number of a scene's seed
+H, W = 128, 160
+MARGIN = 40  # drawn around the picture and cut off: objects may reach out of it
+Box = tuple[int, int, int, int]  # top, left, height, width
 
 
-def scene(split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """Synthetic scene: image (128, 160, 3) and label (128, 160), uint8, 8 classes. All objects draw their two colours
-    from one distribution: the class is in texture and shape alone. Fences and rings show what is behind them."""
-    H, W = 128, 160
-    rng = np.random.default_rng((STREAMS[split], index, 0, 2))
-    image, label = np.empty((H, W, 3), np.float32), np.empty((H, W), np.uint8)
-    horizon = int(rng.integers(40, 80))
-    _paint(image, label, rng, 0, 0, 0, horizon, W)
-    _paint(image, label, rng, 1, horizon, 0, H - horizon, W)
-    # walls and fences first, since they are large; each other class in most scenes, some twice
-    others = np.r_[rng.permutation([4, 5, 6, 7]), rng.integers(2, 8, rng.integers(0, 3))]
-    for kind in np.r_[2, 3, others][rng.random(len(others) + 2) < 0.9]:
-        h, w = (
-            rng.integers(28, 60, 2) if kind > 3 else (rng.integers(36, 60), rng.integers(50, 110))
-        )
-        h = w if kind > 5 else h  # balls and rings are round
-        top = rng.integers(0, H - h) if kind > 3 else horizon + rng.integers(8, 40) - h
-        _paint(
-            image,
-            label,
-            rng,
-            int(kind),
-            int(top),
-            int(rng.integers(-w // 3, W - 2 * w // 3)),
-            int(h),
-            int(w),
-        )
+def scene(split: str, index: int) -> tuple[ndarray, ndarray]:
+    """Image (128, 160, 3) and label (128, 160) of 8 classes, uint8.
+
+    All objects draw their two colours from one distribution, so only texture and shape tell the
+    class. Fences and rings show what is behind them.
+    """
+    rng = default_rng((STREAMS[split], index, 0, 2))
+
+    def draw(low: int, high: int) -> int:
+        return int(rng.integers(low, high))
+
+    label = np.empty((H + 2 * MARGIN, W + 2 * MARGIN), np.uint8)
+    image = np.empty((*label.shape, 3), np.float32)
+    horizon = draw(40, 80)
+    _paint(image, label, 0, (0, 0, horizon, W), rng)
+    _paint(image, label, 1, (horizon, 0, H - horizon, W), rng)
+    # Walls and fences come first, because they are large; then each small class, some twice.
+    small = rng.permutation([4, 5, 6, 7])
+    again = rng.integers(2, 8, draw(0, 3))
+    kinds = np.r_[2, 3, small, again]
+    kept = rng.random(len(kinds)) < 0.9
+    for kind in kinds[kept].tolist():
+        if kind <= 3:  # a wall or a fence stands on the ground
+            h = draw(36, 60)
+            w = draw(50, 110)
+            top = horizon + draw(8, 40) - h
+        else:
+            h = draw(28, 60)
+            w = draw(28, 60)
+            if kind >= 6:  # balls and rings are round
+                h = w
+            top = draw(0, H - h)
+        left = draw(-w // 3, W - 2 * w // 3)
+        _paint(image, label, kind, (top, left, h, w), rng)
+    inside = np.s_[MARGIN:-MARGIN, MARGIN:-MARGIN]
+    image = image[inside]
     image += 8 * rng.standard_normal(image.shape, np.float32)
-    return image.clip(0, 255).astype(np.uint8), label
+    return image.clip(0, 255).astype(np.uint8), label[inside].copy()
 
 
 def _paint(
-    image: np.ndarray,
-    label: np.ndarray,
-    rng: np.random.Generator,
+    image: ndarray,
+    label: ndarray,
     kind: int,
-    top: int,
-    left: int,
-    h: int,
-    w: int,
+    box: Box,
+    rng: Generator,
 ) -> None:
-    """Draw an object of class `kind` in the box, as far as it is in the picture."""
+    """Draw an object of class `kind` in the box."""
+    top, left, h, w = box
     first = rng.uniform(20, 235, 3)
     choices = rng.uniform(20, 235, (6, 3))
-    second = choices[
-        np.abs((choices - first).sum(1)).argmax()
-    ]  # well apart in brightness, else the texture is lost
-    mix, mask = _texture(kind, h, w, int(rng.integers(5, 9)), rng)
-    y, x = slice(max(0, -top), label.shape[0] - top), slice(max(0, -left), label.shape[1] - left)
-    mix, mask = (
-        np.broadcast_to(mix, (h, w))[y, x, None].astype(np.float32),
-        np.broadcast_to(mask, (h, w))[y, x],
-    )
-    box = (
-        slice(max(0, top), max(0, top) + mask.shape[0]),
-        slice(max(0, left), max(0, left) + mask.shape[1]),
-    )
-    np.copyto(
-        image[box], first + (second - first) * mix, where=mask[..., None], casting="same_kind"
-    )
-    np.copyto(label[box], np.uint8(kind), where=mask)
+    contrast = np.abs((choices - first).sum(1))
+    second = choices[contrast.argmax()]  # well apart in brightness, or the texture is lost
+    mix, mask = _texture(kind, h, w, rng)
+    share = mix.astype(np.float32)[..., None]
+    color = first + (second - first) * share
+    top += MARGIN
+    left += MARGIN
+    place = np.s_[top : top + h, left : left + w]
+    np.copyto(image[place], color, "same_kind", mask[..., None])
+    np.copyto(label[place], np.uint8(kind), where=mask)
 
 
-def _texture(
-    kind: int, h: int, w: int, p: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """(mix of the two colours 0..1, where the object is), of period about p pixels; each broadcasts to (h, w)."""
+def _texture(kind: int, h: int, w: int, rng: Generator) -> tuple[ndarray, ndarray]:
+    """Mix of the two colours, 0..1, and where the object is; each broadcasts to (h, w)."""
     y, x = np.ogrid[:h, :w]
-    solid = np.ones((1, 1), bool)
-    if kind == 0:  # sky: smooth
-        return y / h, solid
-    if kind == 1:  # ground: speckle of 3 pixels
-        return rng.random((h // 3 + 1, w // 3 + 1)).repeat(3, 0).repeat(3, 1)[:h, :w], solid
-    if kind == 2:  # wall: bricks
-        return (y % p < 2) | ((x + y // p % 2 * p) % (2 * p) < 2), solid
-    if kind == 3:  # fence: upright bars, nothing between
-        return x % (3 * p) / p % 1 < 0.5, (x % (3 * p) < 1.5 * p) & (y >= 0)
-    if kind == 4:  # flag: level stripes
-        return y // p % 2, solid
-    if kind == 5:  # board: checks
-        return (y // p + x // p) % 2, solid
+    p = int(rng.integers(5, 9))  # the period in pixels
     radius = np.hypot(y + 0.5 - h / 2, x + 0.5 - w / 2) / (w / 2)
-    if kind == 6:  # ball: shaded from a light at the upper left
-        return np.hypot(y - 0.3 * h, x - 0.3 * w) / w, radius < 1
-    return np.abs(radius - 0.75) * 4, (radius > 0.5) & (
-        radius < 1
-    )  # ring: shaded across, nothing inside
+    mask: ndarray = np.ones((1, 1), bool)
+    mix: ndarray
+    match CLASSES[kind]:
+        case "sky":
+            mix = y / h
+        case "ground":
+            dots = rng.random((h // 3 + 1, w // 3 + 1))
+            dots = dots.repeat(3, 0).repeat(3, 1)
+            mix = dots[:h, :w]
+        case "wall":
+            level = y % p < 2
+            shift = y // p % 2 * p
+            upright = (x + shift) % (2 * p) < 2
+            mix = level | upright
+        case "fence":
+            bar = x % (3 * p)
+            mix = bar / p % 1 < 0.5
+            mask = bar < 1.5 * p
+        case "flag":
+            mix = y // p % 2
+        case "board":
+            mix = (y // p + x // p) % 2
+        case "ball":
+            light = np.hypot(y - 0.3 * h, x - 0.3 * w)
+            mix = light / w
+            mask = radius < 1
+        case _:
+            mix = np.abs(radius - 0.75) * 4
+            mask = (radius > 0.5) & (radius < 1)
+    return mix, mask

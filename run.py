@@ -1,0 +1,386 @@
+"""A training run: what it carries from step to step, how it starts, is saved and goes on."""
+
+import argparse
+import fcntl
+import json
+import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import dnl
+from checkpoint import (
+    RUN_FIELDS,
+    VERSION,
+    finish_save,
+    read_checkpoint,
+    read_if_readable,
+    read_last,
+    write_checkpoint,
+    write_last,
+)
+from data import DataSet, open_dataset, step_items
+from recipe import check_batch, configuration, rate, read_weights, settings_of
+from runtime import (
+    InputError,
+    choose_amp,
+    import_factory,
+    print_line,
+    quote,
+    sum_over_ranks,
+    to_device,
+    write,
+)
+
+
+@dataclass
+class Run:
+    """What training carries from step to step. `state_of` and `restore` save and read it."""
+
+    args: argparse.Namespace
+    data: DataSet
+    val: DataSet
+    net: dnl.Network
+    model: nn.Module  # what a step calls: the network, compiled, under DDP
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    rank: int
+    world: int
+    device: torch.device
+    weights: Tensor  # of the losses (eq. 5), on the device
+    sums: Tensor  # of the losses in this epoch, this rank's share
+    class_weights: Tensor | None = None  # on the CPU, where labelled pixels are counted
+    ema: dnl.Network | None = None
+    step: int = 0
+    recent: list[tuple[int, Tensor]] = field(default_factory=list)  # steps, losses not checked yet
+    history: list[dict[str, Any]] = field(default_factory=list)  # a line per epoch
+    best: float | None = None  # the mIoU of best.pt
+    unsaved: bool = False  # the last checkpoint could not be written
+    caught: list[int] = field(default_factory=list)  # signals to stop
+
+    @property
+    def per_epoch(self) -> int:
+        """Steps of an epoch."""
+        return len(self.data) // self.args.batch
+
+    @property
+    def total(self) -> int:
+        """Steps of the whole run."""
+        return self.args.epochs * self.per_epoch
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the last step."""
+        last = max(0, self.step - 1)
+        return self.args.lr * rate(last, self.total, self.args.power, self.args.warmup)
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Runs with equal settings end with equal weights."""
+        return settings_of(self.args, self.data, self.class_weights)
+
+
+# ---- the start
+
+
+def start_run(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> Run:
+    """This rank's data, network and optimizer. InputError for what the user can mend."""
+    data = open_dataset(args.data, args.root, args.split, args.cache)
+    val = open_dataset(args.data, args.root, "val", args.cache)
+    step_items(0, seed=args.seed, n=len(data), batch=args.batch)  # raises if there is no step
+    args.amp = choose_amp(args.amp, device)
+    net = make_network(args, len(data.classes), rank, world, device)
+    weights = [1.0, args.aux_weight, args.aux_weight]  # head, res2, res3
+    if net.config.p_supervised:
+        weights.append(args.coarse_weight)
+    return Run(
+        args=args,
+        data=data,
+        val=val,
+        net=net,
+        model=net,
+        optimizer=make_optimizer(net, args),
+        scaler=torch.amp.GradScaler(device.type, enabled=args.amp == "fp16"),
+        rank=rank,
+        world=world,
+        device=device,
+        weights=torch.tensor(weights, device=device),
+        sums=torch.zeros(len(weights), dtype=torch.float64, device=device),
+        class_weights=read_weights(args.class_weights, data.classes),
+    )
+
+
+def make_network(
+    args: argparse.Namespace, num_classes: int, rank: int, world: int, device: torch.device
+) -> dnl.Network:
+    """The network at its start. InputError if the flags make none, or too small a batch."""
+    sync = world > 1 and device.type == "cuda"
+    images = args.batch // args.accumulate  # that a BatchNorm sees at a time
+    if not sync:
+        images //= world
+    config = configuration(args, num_classes)
+    try:
+        check_batch(config, args, images)
+        torch.manual_seed(args.seed)
+        net = dnl.build(config, import_factory(config.context))
+    except InputError:
+        raise
+    except (TypeError, ValueError) as e:  # TypeError: from a factory
+        raise InputError(str(e)) from None
+    if args.weights != "none" and rank == 0:  # `connect` hands rank 0's weights to the others
+        fill_backbone(net, args)
+    if sync:
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    net.backbone.recompute = args.recompute
+    to_device(net, device)
+    return net
+
+
+def fill_backbone(net: dnl.Network, args: argparse.Namespace) -> None:
+    """Fill the backbone from --weights. InputError if the file is missing, broken or another's."""
+    remedy = "expected a file of torchvision's for this backbone, or a checkpoint of train.py"
+    if args.weights == "imagenet":
+        remedy = "if nothing can be downloaded, give --weights FILE"
+    try:
+        dnl.load_backbone(net.backbone, args.backbone, args.weights)
+    except pickle.UnpicklingError:
+        raise InputError(f"--weights {args.weights}: not a file of weights: {remedy}") from None
+    except ValueError as e:
+        raise InputError(f"--weights {args.weights}: {e}") from None
+    except Exception as e:  # a broken file or download fails in any layer
+        what = str(e).split("\n")[0]
+        raise InputError(f"--weights {args.weights}: {what}: {remedy}") from None
+
+
+def make_optimizer(net: dnl.Network, args: argparse.Namespace) -> torch.optim.SGD:
+    """SGD with two groups: the backbone, whose rate has a factor, and the rest."""
+    others = [p for name, p in net.named_parameters() if not name.startswith("backbone.")]
+    groups = [
+        {"params": list(net.backbone.parameters()), "factor": args.backbone_lr},
+        {"params": others, "factor": 1.0},
+    ]
+    # In fp16 the scaler may skip the first step, and a fused one would leave the momentum unset.
+    fused = others[0].is_cuda and args.amp != "fp16"
+    return torch.optim.SGD(
+        groups, args.lr, args.momentum, weight_decay=args.weight_decay, fused=fused
+    )
+
+
+def connect(run: Run) -> None:
+    """Compile the network if asked, put it under DDP with rank 0's weights, copy it for --ema."""
+    if run.args.compile:
+        run.model = cast(nn.Module, torch.compile(run.net))  # the stub says: a function
+    if run.world > 1:
+        gpu = run.device.type == "cuda"
+        model = nn.parallel.DistributedDataParallel(
+            run.model, device_ids=[run.device] if gpu else None, gradient_as_bucket_view=True
+        )
+        if not gpu:
+            model.register_comm_hook(None, mean_in_rank_order)
+        run.model = model
+    if run.args.ema:
+        run.ema = deepcopy(run.net)
+
+
+def mean_in_rank_order(state, bucket):  # no annotations: DDP refuses those that are text
+    """The mean of DDP's gradients over the ranks, added up from rank 0 on.
+
+    Gloo's own order depends on the place in the bucket, and DDP rearranges its buckets after the
+    first step of a process. So three ranks that resume would round differently.
+    """
+    parts = [torch.empty_like(bucket.buffer()) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, bucket.buffer())
+    for part in parts[1:]:
+        parts[0] += part
+    done = torch.futures.Future()
+    done.set_result(parts[0].div_(len(parts)))
+    return done
+
+
+@contextmanager
+def locked_folder(path: Path) -> Iterator[None]:
+    """Make the run's folder and lock it. InputError if another training has the lock."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        # A pipe of that name must not block, a link must not be followed.
+        flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW
+        lock = os.fdopen(os.open(path / ".lock", flags), "w")
+    except OSError as e:
+        raise InputError(f"--out {quote(path)}: {e.strerror}: choose another") from None
+    with lock:
+        try:
+            # Loader processes do not inherit this kind of lock; they can outlive a killed training.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise InputError(
+                f"--out {quote(path)}: another training is writing to it: wait for it, end it, or "
+                "choose another"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        for left in path.glob("*.part"):  # by a save that was killed
+            left.unlink(missing_ok=True)
+        finish_save(path)
+        yield
+
+
+# ---- saving
+
+
+def state_of(run: Run) -> dict[str, Any]:
+    """The checkpoint. Call it on all ranks: it sums over them."""
+    sums = torch.tensor(sum_over_ranks(run.sums.tolist()), dtype=torch.float64)
+    return {
+        "version": VERSION,
+        "model": run.net.state_dict(),
+        "optimizer": {"state": run.optimizer.state_dict()["state"]},
+        "scaler": run.scaler.state_dict(),
+        "ema": run.ema.state_dict() if run.ema is not None else None,
+        "config": asdict(run.net.config),
+        "settings": run.settings,
+        "data": run.data.name,
+        "root": str(Path(run.args.root).resolve()) if run.args.root else None,
+        "classes": list(run.data.classes),
+        "colors": [list(c) for c in run.data.colors],
+        "amp": run.args.amp,
+        "step": run.step,
+        "epoch": run.step // run.per_epoch,
+        "best": run.best,
+        "sums": sums,
+        "history": run.history,
+    }
+
+
+def save(run: Run) -> None:
+    """Write the checkpoint and log.jsonl. A full disk is a warning, and saving is tried again
+    later.
+
+    InputError if losses or weights are not finite: they would replace good ones.
+    """
+    check_finite(run)
+    if not all(t.isfinite().all() for t in run.net.state_dict().values()):
+        raise not_finite(run, run.step - 1, "weights are")
+    state = state_of(run)
+    if run.rank > 0:
+        return
+    miou = None  # of these weights
+    if run.history and run.history[-1]["step"] == run.step:
+        miou = run.history[-1]["miou"]
+    try:
+        if miou is not None and (run.best is None or miou > run.best):
+            state["best"] = miou
+            write_checkpoint(run.args.out / "best.pt", state)
+            run.best = miou
+        write_last(run.args.out, state)
+        write_log(run)
+        run.unsaved = False
+    except OSError as e:
+        run.unsaved = True
+        print_line(
+            f"warning: step {run.step} not saved ({e}); tried again within "
+            f"{run.args.log_every} steps",
+            error=True,
+        )
+
+
+def write_log(run: Run) -> None:
+    """log.jsonl: a line of the settings, then one per epoch."""
+    lines = [json.dumps(line) + "\n" for line in ({"settings": run.settings}, *run.history)]
+    write(run.args.out / "log.jsonl", lambda f: f.write("".join(lines).encode()))
+
+
+def check_finite(run: Run) -> None:
+    """InputError on all ranks if a loss since the last check is not finite. Waits for the GPU."""
+    failure = None
+    for step, share in run.recent:
+        if failure is None and not share.isfinite().all():
+            failure = not_finite(run, step, "loss is")
+    run.recent = []
+    sum_over_ranks([], failure)
+
+
+def not_finite(run: Run, step: int, what: str) -> InputError:
+    """The error of a step after which something is not finite, with the files of its batch."""
+    args = run.args
+    items = step_items(
+        step, seed=args.seed, n=len(run.data), batch=args.batch, rank=run.rank, world=run.world
+    )
+    images = ", ".join(quote(run.data.items[i].image) for _, i in items)
+    last = args.out / "last.pt"
+    kept = f"{quote(last)} is from before: " if last.exists() else ""
+    return InputError(
+        f"step {step + 1}, rank {run.rank}: the {what} not finite; images {images}; {kept}"
+        "lower --lr, or try --clip 1 or --amp off"
+    )
+
+
+# ---- going on
+
+
+def restore(run: Run) -> None:
+    """Go on from a checkpoint, if there is one. InputError if its settings differ."""
+    found = find_checkpoint(run)
+    if found is None:
+        return
+    path, state = found
+    differ = []
+    was, now = state["settings"], run.settings
+    for key in sorted({*was, *now}):
+        if was.get(key) != now.get(key):
+            differ.append(f"{key} {was.get(key)} -> {now.get(key)}")
+    if differ:
+        raise InputError(
+            f"{quote(path)}: its settings differ ({'; '.join(differ)}): give the flags of that run "
+            "to go on, or choose another --out"
+        )
+    try:
+        load_state(run, state)
+    except Exception as e:  # a field of another kind can fail in any of these
+        what = f"{type(e).__name__} {e}".replace("\n", " ")
+        raise InputError(f"{quote(path)}: cannot go on from it ({what}): train again") from None
+    if run.rank == 0:
+        best = read_if_readable(run.args.out / "best.pt")
+        if best.get("settings") == run.settings:
+            run.best = float(best["best"])
+        try:
+            write_log(run)
+        except OSError as e:
+            print_line(f"warning: log.jsonl not written ({e})", error=True)
+        print_line(f"resumed {path} at step {run.step} of {run.total}")
+
+
+def find_checkpoint(run: Run) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint of --resume; for auto the newest whole one of the run's folder."""
+    if run.args.resume == "auto":
+        return read_last(run.args.out)
+    there = read_if_readable(run.args.out / "last.pt")
+    if there and there.get("settings") != run.settings:
+        raise InputError(
+            f"--out {run.args.out}: holds a run of other settings, which this one would replace: "
+            "choose another"
+        )
+    return Path(run.args.resume), read_checkpoint(run.args.resume, RUN_FIELDS)
+
+
+def load_state(run: Run, state: dict[str, Any]) -> None:
+    """Put a checkpoint's fields into the run. Any exception means that they do not fit."""
+    if state["step"] not in range(run.total + 1):
+        raise ValueError(f"step {state['step']} of {run.total}")
+    dnl.load_strict(run.net, state["model"], "model")
+    if run.ema is not None:
+        dnl.load_strict(run.ema, state["ema"], "ema")
+    optimizer = run.optimizer.state_dict() | {"state": state["optimizer"]["state"]}
+    run.optimizer.load_state_dict(optimizer)
+    run.scaler.load_state_dict(state["scaler"])
+    run.step, run.history = state["step"], state["history"]
+    if run.rank == 0:
+        run.sums += state["sums"].to(run.device)

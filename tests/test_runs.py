@@ -1,0 +1,639 @@
+"""Whole trainings: stopped, killed, resumed, on full disks, on ranks that die, two in a folder."""
+
+import contextlib
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import wraps
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import CPU, ROOT, TINY, forked, ranks, same_run, same_state, trained
+from PIL import Image
+
+import checkpoint
+import data
+import evaluate
+import recipe
+import run as a_run
+import runtime
+import train
+from run import restore, start_run
+from runtime import InputError
+
+
+def test_a_run_leaves_its_four_files(run_folder):
+    assert {p.name for p in run_folder.iterdir()} == {
+        "last.pt",
+        "last.prev.pt",
+        "best.pt",
+        "log.jsonl",
+        "val.png",
+        ".lock",
+    }
+    settings, *epochs = map(json.loads, (run_folder / "log.jsonl").read_text().splitlines())
+    assert (
+        settings["settings"]["batch"] == 4
+        and [e["epoch"] for e in epochs] == [1, 2]
+        and epochs[1]["step"] == 6
+    )
+    assert set(epochs[0]) == {
+        "epoch",
+        "step",
+        "lr",
+        "loss",
+        "loss_res2",
+        "loss_res3",
+        "miou",
+        "accuracy",
+        "iou",
+    }
+    checkpoint = torch.load(run_folder / "last.pt", weights_only=True)
+    assert checkpoint["classes"] == ["red", "green", "blue"] and checkpoint["best"] == max(
+        e["miou"] for e in epochs
+    )
+    with Image.open(run_folder / "val.png") as sheet:
+        assert sheet.width > 900 and sheet.height > 600
+
+
+def test_the_line_fits_its_terminal(run_folder, street, tmp_path, monkeypatch, capsys, stub):
+    """What is longer than a row could not be taken back by the next line."""
+    monkeypatch.setattr(runtime, "on_terminal", lambda stream: True)
+    monkeypatch.setattr(runtime.shutil, "get_terminal_size", lambda: os.terminal_size((80, 24)))
+    assert trained(tmp_path / "r", street) == 0
+    lines = [line for line in capsys.readouterr().out.split("\r\033[K") if "step" in line]
+    assert len(lines) == 6 and all(len(line) == 79 for line in lines)
+    assert lines[2].startswith("epoch 1/2  step 3/6  loss")
+
+
+@pytest.mark.slow
+def test_training_learns(street, tmp_path):
+    """Colour alone separates these classes: a network that cannot learn them in 30 steps is broken."""
+    assert trained(tmp_path / "r", street, "--epochs", 10, "--lr", 0.05, "--eval-every", 10) == 0
+    lines = [json.loads(x) for x in (tmp_path / "r" / "log.jsonl").read_text().splitlines()[1:]]
+    assert (
+        lines[-1]["loss"] < 0.75 * lines[0]["loss"]
+        and lines[-1]["miou"] > 0.4
+        and lines[0]["miou"] is None
+    )
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        pytest.param(
+            ["--preset", "released", "--workers", "2", "--ema", "0.9"], marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_stopped_and_resumed_is_the_uninterrupted_run(street, tmp_path, monkeypatch, flags, capsys):
+    """Stopped by a signal within an epoch (twice), resumed by the same command; the released preset has dropout."""
+    assert trained(tmp_path / "whole", street, *flags) == 0
+    step, stops = train.train_step, [1, 3]
+
+    def stopping(run, *rest):
+        if run.step in stops:
+            stops.remove(run.step)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(run, *rest)
+
+    monkeypatch.setattr(train, "train_step", stopping)
+    assert [trained(tmp_path / "parts", street, *flags) for _ in range(3)] == [143, 143, 0]
+    told = capsys.readouterr().err
+    assert (
+        "SIGTERM at step 2, saved" in told and "SIGTERM at step 4, saved" in told
+    )  # the step is finished, no other begun
+    assert same_state(tmp_path / "whole" / "last.pt", tmp_path / "parts" / "last.pt")
+    assert (tmp_path / "whole" / "log.jsonl").read_text() == (
+        tmp_path / "parts" / "log.jsonl"
+    ).read_text()
+
+
+def test_two_ranks_go_on_where_one_was(street, tmp_path, capsys, monkeypatch, stub):
+    """Dead after step 5 on one rank, ended on two; the mIoU that two ranks logged is what one rank evaluates."""
+    step = train.train_step
+
+    def dying(run, *rest):
+        if run.step == 5:
+            raise KeyboardInterrupt
+        return step(run, *rest)
+
+    monkeypatch.setattr(train, "train_step", dying)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "r", street, "--save-every", 1)
+    monkeypatch.setattr(train, "train_step", step)
+    status, texts = ranks(
+        2, train.main, *TINY, "--root", street, "--out", tmp_path / "r", said=tmp_path / "said"
+    )
+    assert status == [0, 0] and "at step 5 of 6" in texts[0], texts
+    last = json.loads((tmp_path / "r" / "log.jsonl").read_text().splitlines()[-1])
+    capsys.readouterr()
+    assert last["step"] == 6 and evaluate.main([str(tmp_path / "r" / "last.pt"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["miou"] == last["miou"]
+
+
+def test_three_ranks_stopped_and_resumed_are_the_uninterrupted_three(
+    street, tmp_path, monkeypatch, stub
+):
+    """Of three on the order of a sum of gradients matters, and DDP changes its own after a process's first step."""
+    flags, step = [*TINY, "--root", street, "--batch", 6], train.train_step
+
+    def stopped(run, *args):
+        if run.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(run, *args)
+
+    assert (
+        ranks(3, train.main, *flags, "--out", tmp_path / "whole", said=tmp_path / "said")[0]
+        == [0] * 3
+    )
+    monkeypatch.setattr(train, "train_step", stopped)
+    assert (
+        ranks(3, train.main, *flags, "--out", tmp_path / "r", said=tmp_path / "said")[0]
+        == [143] * 3
+    )
+    monkeypatch.setattr(train, "train_step", step)
+    status, text = ranks(3, train.main, *flags, "--out", tmp_path / "r", said=tmp_path / "said")
+    assert (
+        status == [0] * 3
+        and "last.pt at step 2 of 4" in text[0]
+        and same_run(tmp_path / "whole", tmp_path / "r")
+    )
+
+
+def test_a_finished_run_stays_as_it_is(run_folder, street):
+    before = (run_folder / "log.jsonl").read_text()
+    assert trained(run_folder, street) == 0
+    assert (run_folder / "log.jsonl").read_text() == before
+
+
+class Full:
+    """A file on a full disk."""
+
+    def write(self, data):
+        raise OSError(28, "No space left on device")
+
+
+write = runtime.write
+
+
+def writes_are(monkeypatch, function):
+    """What a training writes, it writes by this function."""
+    for module in (checkpoint, a_run, train):
+        monkeypatch.setattr(module, "write", function)
+
+
+def test_full_disk_at_each_write(street, tmp_path, monkeypatch, capsys, stub):
+    """Whichever write fails, a loadable checkpoint is there afterwards, and the run goes on and ends the same."""
+    assert trained(tmp_path / "whole", street, "--epochs", 1) == 0
+    for nth, name in enumerate(
+        ("new.pt", "log.jsonl", "best.pt", "new.pt", "log.jsonl", "val.png")
+    ):
+        out, writes = tmp_path / f"r{nth}", []
+
+        def full(path, save):
+            writes.append(path.name)
+            return write(
+                path,
+                lambda f: f.write(b"part") and save(Full()) if len(writes) == nth + 1 else save(f),
+            )
+
+        writes_are(monkeypatch, full)
+        status = trained(out, street, "--epochs", 1)
+        assert (
+            writes[nth] == name
+            and "No space left" in capsys.readouterr().err
+            and not list(out.glob("*.part"))
+        )
+        assert status == (name == "val.png") and same_run(tmp_path / "whole", out)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_a_gpu_trains_resumes_and_scores(street, tmp_path, capsys, amp):
+    flags = [
+        "--amp",
+        amp,
+        "--clip",
+        "1",
+        "--accumulate",
+        "2",
+        "--workers",
+        "2",
+        "--ema",
+        "0.9",
+        "--ohem",
+    ]
+    assert trained(tmp_path / "r", street, *flags) == 0
+    os.replace(
+        tmp_path / "r" / "last.prev.pt", tmp_path / "r" / "last.pt"
+    )  # from before the last validation
+    assert trained(tmp_path / "r", street, *flags) == 0
+    line = json.loads((tmp_path / "r" / "log.jsonl").read_text().splitlines()[-1])
+    capsys.readouterr()
+    assert evaluate.main([str(tmp_path / "r" / "last.pt"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["miou"] == line["miou"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, split", [("cityscapes", "trainval"), ("ade20k", "train")])
+def test_trees_named_as_the_real_ones_train_and_score(name, split, request, tmp_path, capsys):
+    root = request.getfixturevalue(name)
+    flags = [
+        "--data",
+        name,
+        "--root",
+        str(root),
+        "--split",
+        split,
+        "--backbone",
+        "resnet18",
+        "--channels",
+        "8",
+        "--crop",
+        "64",
+        "--batch",
+        "1",
+        "--epochs",
+        "1",
+        "--workers",
+        "0",
+        "--out",
+        str(tmp_path / "r"),
+    ]
+    assert train.main(flags) == 0
+    checkpoint = str(tmp_path / "r" / "last.pt")
+    assert evaluate.main([checkpoint, "--split", "train", "--workers", "0"]) == 0
+    if name == "cityscapes":
+        with pytest.raises(InputError, match="no ground truth"):
+            evaluate.main([checkpoint, "--split", "test"])
+
+
+def whole(process):
+    process.join(200)
+    process.kill()
+    assert process.exitcode == 0
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_is_the_uninterrupted_run(street, tmp_path):
+    """SIGKILL at random moments, the same command again each time: the weights, optimizer and log of the run left alone."""
+    import torch._dynamo  # noqa: F401  else each start would, and most moments would fall into that
+
+    flags = [*TINY, "--root", street, "--epochs", 6, "--save-every", 1, "--out"]
+    start = time.monotonic()
+    whole(forked(train.main, *flags, tmp_path / "whole"))
+    latest = (time.monotonic() - start) / 10
+    rng, kills, steps = random.Random(0), 0, set()
+    while kills < 20:
+        process = forked(train.main, *flags, tmp_path / "killed", said=tmp_path / "said")
+        process.join(rng.uniform(0.1, latest))
+        assert process.exitcode is None or kills >= 10, "too quick to be killed often"
+        steps |= set(re.findall("  step ([0-9]+)", (tmp_path / "said").read_text()))
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            kills += 1
+        else:
+            shutil.move(tmp_path / "killed", tmp_path / f"ended{kills}")
+    assert len(steps) > 2, "most moments were before the training"
+    whole(forked(train.main, *flags, tmp_path / "killed"))
+    (tmp_path / "said").unlink()
+    assert all(same_run(tmp_path / "whole", ended) for ended in tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_two_ranks_stopped_and_killed_are_the_uninterrupted_two(street, tmp_path):
+    """SIGTERM to torchrun: both ranks save the same step. Then --max-restarts 3 and each time one rank killed."""
+    flags = [*TINY, "--root", street, "--epochs", 4, "--save-every", 1]
+    assert ranks(2, train.main, *flags, "--out", tmp_path / "whole", said=tmp_path / "said")[0] == [
+        0,
+        0,
+    ]
+
+    def start():
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "--max-restarts",
+            "3",
+            ROOT / "train.py",
+            *flags,
+            "--out",
+            tmp_path / "r",
+        ]
+        return subprocess.Popen(
+            [*map(str, command)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+
+    process = start()
+    for line in process.stdout:
+        if "step 3/12" in line:
+            process.terminate()
+            break
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode != 0 and {
+        f"rank {r}: stopped by SIGTERM at step" in rest for r in (0, 1)
+    } == {True}, rest
+    process, kills, steps, lines = start(), 0, 0, []
+    for line in process.stdout:
+        lines.append(line)
+        steps = 0 if line.startswith("resumed") else steps + ("images/s" in line)
+        if kills < 2 and steps == 3:
+            workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.kill(int(workers[kills % 2]), signal.SIGKILL)
+            kills, steps = kills + 1, 0
+    assert (
+        process.wait(60) == 0
+        and kills == 2
+        and sum(line.startswith("resumed") for line in lines) == 3
+    ), "".join(lines)
+    assert same_run(tmp_path / "whole", tmp_path / "r")
+
+
+def test_killed_while_validating_repeats_only_that(street, tmp_path, monkeypatch, stub):
+    assert trained(tmp_path / "whole", street) == 0
+    evaluation, calls = evaluate.evaluate, []
+
+    def dying(*args, **kwargs):
+        calls.append(args[0].training)
+        if len(calls) in (1, 2, 4):
+            raise KeyboardInterrupt
+        return evaluation(*args, **kwargs)
+
+    monkeypatch.setattr(train, "evaluate", dying)
+    for step in (3, 3, 6):
+        with pytest.raises(KeyboardInterrupt):
+            trained(tmp_path / "r", street)
+        assert (tmp_path / "r" / "last.prev.pt").exists() == (
+            step == 6
+        )  # a repetition leaves the checkpoint before where it is
+        saved = checkpoint.read_checkpoint(tmp_path / "r" / "last.pt")
+        assert saved["step"] == step and len(saved["history"]) == step // 3 - 1
+    assert trained(tmp_path / "r", street) == 0 and len(calls) == 5
+    assert same_run(tmp_path / "whole", tmp_path / "r")
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_signal_while_validating_stops_every_rank_at_the_image(
+    street, tmp_path, monkeypatch, stub, world
+):
+    """Told as saved, which it was before validating; the same command repeats validation alone, to the same bits."""
+    assert (
+        ranks(
+            world,
+            train.main,
+            *TINY,
+            "--root",
+            street,
+            "--out",
+            tmp_path / "whole",
+            said=tmp_path / "said",
+        )[0]
+        == [0] * world
+    )
+    first, prediction, seen = tmp_path / "first", evaluate.predict, []
+
+    def signalled(*args, **kwargs):
+        seen.append(0)
+        if os.environ["RANK"] == "0" and not first.exists():
+            first.touch()
+            os.kill(os.getpid(), signal.SIGUSR1)
+        elif first.exists() and world == 1 and len(seen) == 2:
+            raise RuntimeError("the next image was computed too")
+        return prediction(*args, **kwargs)
+
+    monkeypatch.setattr(evaluate, "predict", signalled)
+    flags = [*TINY, "--root", street, "--out", tmp_path / "r"]
+    status, text = ranks(world, train.main, *flags, said=tmp_path / "said")
+    told = zip(status, text, (signal.SIGUSR1, signal.SIGTERM))
+    assert all(
+        code == 128 + s and f"rank {r}: stopped by {s.name} at step 3, saved" in line
+        for r, (code, line, s) in enumerate(told)
+    ), text
+    saved = checkpoint.read_checkpoint(tmp_path / "r" / "last.pt")
+    assert saved["step"] == 3 and not saved["history"]
+    monkeypatch.setattr(evaluate, "predict", prediction)
+    assert ranks(world, train.main, *flags, said=tmp_path / "said")[0] == [0] * world and same_run(
+        tmp_path / "whole", tmp_path / "r"
+    )
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_killed_between_the_two_renames(street, tmp_path, capsys, moved, stub):
+    """new.pt is whole and last.pt the one before, still there or already last.prev.pt: the run goes on from new.pt."""
+    assert trained(tmp_path / "whole", street) == 0
+    out = tmp_path / "r"
+    shutil.copytree(tmp_path / "whole", out)
+    os.replace(out / "last.pt", out / "new.pt")
+    if not moved:
+        os.replace(out / "last.prev.pt", out / "last.pt")
+    capsys.readouterr()
+    assert trained(out, street) == 0 and "last.pt at step 6 of 6" in capsys.readouterr().out
+    assert same_run(tmp_path / "whole", out) and not (out / "new.pt").exists()
+
+
+def test_a_file_size_limit_of_the_system(street, tmp_path, capsys, stub):
+    """Writes that fail half-way by RLIMIT_FSIZE: the run trains to its end, says so, and the same command then writes all."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    assert trained(tmp_path / "whole", street) == 0
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, limits[1]))
+        assert trained(tmp_path / "r", street) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "step 6 not saved" in capsys.readouterr().err and not list(
+        (tmp_path / "r").glob("*.p*t")
+    )
+    assert trained(tmp_path / "r", street) == 0 and same_run(tmp_path / "whole", tmp_path / "r")
+
+
+def test_stopped_with_a_full_disk_is_not_told_as_saved(street, tmp_path, monkeypatch, capsys, stub):
+    writes_are(monkeypatch, lambda path, save: save(Full()))
+
+    def stopping(run, *rest):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return torch.zeros(3)
+
+    monkeypatch.setattr(train, "train_step", stopping)
+    assert trained(tmp_path / "r", street) == 143
+    assert "SIGTERM at step 1, not saved" in capsys.readouterr().err
+
+
+def no_room_at_first(monkeypatch, name):
+    """The first write of a file of this name meets a full disk."""
+    tried = []
+
+    def full(path, save):
+        if path.name == name and not tried:
+            tried.append(path)
+            raise OSError(28, "No space left on device")
+        return write(path, save)
+
+    writes_are(monkeypatch, full)
+
+
+def test_the_best_that_a_full_disk_lost_is_not_told_as_best(
+    street, tmp_path, monkeypatch, capsys, stub
+):
+    rising = iter((0.5, 0.4, 0.3))
+    monkeypatch.setattr(
+        train,
+        "validate",
+        lambda run, net: {"miou": next(rising), "accuracy": 1.0, "iou": {"red": 0.5}},
+    )
+    no_room_at_first(monkeypatch, "best.pt")
+    assert trained(tmp_path / "r", street, "--epochs", 3) == 0
+    assert "best.pt (mIoU 40.00 %)" in capsys.readouterr().out
+    best, last = (
+        checkpoint.read_checkpoint(tmp_path / "r" / name) for name in ("best.pt", "last.pt")
+    )
+    assert best["step"] == 6 and best["best"] == last["best"] == 0.4
+
+
+def test_the_best_of_the_last_epoch_is_tried_again(street, tmp_path, monkeypatch, stub):
+    """The retry at the end has the very weights."""
+    no_room_at_first(monkeypatch, "best.pt")
+    assert trained(tmp_path / "r", street, "--epochs", 1) == 0
+    assert same_state(tmp_path / "r" / "best.pt", tmp_path / "r" / "last.pt")
+
+
+def test_nobody_listens(street, tmp_path, monkeypatch, stub):
+    """Nothing that is printed is worth a training: output to a full disk."""
+    assert trained(tmp_path / "whole", street) == 0
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        monkeypatch.setattr(sys, "stderr", full)
+        assert trained(tmp_path / "r", street) == 0
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
+    assert same_run(tmp_path / "whole", tmp_path / "r")
+
+
+def test_training_on_a_full_disk_behind_its_output_keeps_its_status(street, tmp_path, monkeypatch):
+    """A process of its own, its output buffered: neither a loader's start, which flushes, nor the interpreter's end is the worse for it."""
+    monkeypatch.setenv("PYTHONUNBUFFERED", "")
+    command = [
+        sys.executable,
+        ROOT / "train.py",
+        *TINY,
+        "--root",
+        street,
+        "--out",
+        tmp_path / "r",
+        "--workers",
+        1,
+    ]
+    with open("/dev/full", "w") as full:
+        assert (
+            subprocess.run([*map(str, command)], stdout=full, stderr=full, timeout=100).returncode
+            == 0
+        )
+    assert trained(tmp_path / "heard", street) == 0 and same_run(tmp_path / "r", tmp_path / "heard")
+
+
+def test_two_trainings_in_one_folder(street, tmp_path, stub):
+    first = forked(train.main, *TINY, "--root", street, "--out", tmp_path / "r", "--epochs", 2000)
+    try:
+        while not (tmp_path / "r" / "last.pt").exists():
+            assert first.is_alive()
+            time.sleep(0.05)
+        with pytest.raises(InputError, match="another training is writing"):
+            trained(tmp_path / "r", street, "--epochs", 2000)
+    finally:
+        first.kill()
+        first.join()
+
+
+def test_resume_into_the_folder_of_another_run(run_folder, street, tmp_path, stub):
+    assert trained(tmp_path / "r", street, "--seed", 5, "--epochs", 1) == 0
+    with pytest.raises(InputError, match="holds a run of other settings"):
+        trained(tmp_path / "r", street, "--resume", run_folder / "last.pt")
+    (tmp_path / "r" / "last.pt").unlink()
+    assert trained(tmp_path / "s", street, "--epochs", 2, "--eval-every", 2) == 0
+    os.replace(tmp_path / "r" / "best.pt", tmp_path / "s" / "best.pt")
+    assert trained(tmp_path / "s", street, "--epochs", 2, "--eval-every", 2) == 0
+    args = recipe.parse_training(
+        [*TINY, "--root", str(street), "--out", str(tmp_path / "s"), "--eval-every", "2"], 1
+    )
+    run = start_run(args, 0, 1, CPU)
+    restore(run)
+    assert run.step == 6 and run.best is None  # that best.pt is another run's
+
+
+def test_a_file_that_breaks_stops_every_rank_with_one_line(street, tmp_path, stub):
+    """Two ranks; images of later steps are not images: exit status 2, the name, no traceback of ours, and what was saved stays."""
+    root = tmp_path / "street"
+    shutil.copytree(street, root)
+    first = {i for step in range(2) for _, i in data.step_items(step, seed=0, n=12, batch=4)}
+    for i, item in enumerate(data.open_dataset("folder", root, "train").items):
+        if i not in first:
+            item.image.write_bytes(b"not an image")
+    status, texts = ranks(
+        2,
+        train.main,
+        *TINY,
+        "--root",
+        root,
+        "--out",
+        tmp_path / "r",
+        "--save-every",
+        1,
+        said=tmp_path / "said",
+    )
+    told = [text.splitlines()[-1] for text in texts]
+    assert (
+        status == [2, 2]
+        and any("images/train/" in line for line in told)
+        and "Traceback" not in "".join(texts)
+    ), texts
+    assert torch.load(tmp_path / "r" / "last.pt", weights_only=True)["step"] == 2
+
+
+@pytest.mark.parametrize("where", ["next_batch", "train_step", "mean_in_rank_order", "validate"])
+def test_a_rank_that_is_killed_is_a_line_on_the_other(where, street, tmp_path, monkeypatch, stub):
+    """By the kernel, for want of memory: no traceback, no waiting."""
+    module = a_run if where == "mean_in_rank_order" else train
+    function = getattr(module, where)
+
+    @wraps(function)  # DDP looks at its hook's signature
+    def killed(*args, **kwargs):
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(module, where, killed)
+    status, text = ranks(
+        2, train.main, *TINY, "--root", street, "--out", tmp_path / "r", said=tmp_path / "said"
+    )
+    assert status == [1, -signal.SIGKILL] and text[0].splitlines()[-1].endswith(
+        "another rank is gone: its own line says why, or it was killed"
+    )
+    assert "Traceback" not in text[0]
+
+
+def test_deterministic_gives_the_same_bits_twice(street, tmp_path):
+    try:
+        for name in "ab":
+            assert trained(tmp_path / name, street, "--deterministic") == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert same_run(tmp_path / "a", tmp_path / "b")
