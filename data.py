@@ -30,11 +30,12 @@ import synthetic
 from cache import Copy, open_copy
 from classes import IGNORE, Color, classes_of
 from decode import decode_image, decode_label
-from runtime import GROUP_SIGNALS, InputError, counted, quote
+from runtime import GROUP_SIGNALS, InputError, check_open_files, counted, quote, time_limit
 
 NAMES = ("synthetic", "cityscapes", "ade20k", "folder")
 SPLITS = ("train", "val", "trainval", "test")
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet, 0..255
+BATCH_TIMEOUT = 300  # s; other ranks wait 10 minutes, so the line of this one comes first
 PAD = (124, 116, 104)  # MEAN, rounded: close to 0 once normalized
 Sample = tuple[Tensor, Tensor, Tensor]  # image, label, colour factors
 
@@ -510,7 +511,12 @@ def _collate(rows: list[Any]) -> list[Tensor] | InputError:
 
 
 def _batches(load: Callable[..., Any], workers: int, **options: Any) -> Generator[Any, None, None]:
-    """What DataLoader makes of load(*key). Raises an InputError of a worker."""
+    """What DataLoader makes of load(*key). Raises an InputError of a worker.
+
+    RuntimeError if a worker is gone, TimeoutError if no batch comes for BATCH_TIMEOUT.
+    """
+    if workers:
+        check_open_files(64 + 32 * workers)
     loader = DataLoader(
         _Loader(load),
         num_workers=workers,
@@ -518,9 +524,24 @@ def _batches(load: Callable[..., Any], workers: int, **options: Any) -> Generato
         generator=torch.Generator(),  # otherwise it draws from torch's global one
         **options,
     )
-    for batch in _started(loader):  # no variable: the traceback of an error would keep the workers
+    for batch in _bounded(_started(loader), BATCH_TIMEOUT if workers else 0):
         if isinstance(batch, InputError):
             raise batch
+        yield batch
+
+
+def _bounded(batches: Iterator[Any], seconds: int) -> Iterator[Any]:
+    """The batches. DataLoader's own timeout does not cover a worker that stops while it sends."""
+    lost = (
+        f"no batch came for {seconds} s: a process that reads images is stopped or stuck, or "
+        "/dev/shm is full: enlarge it (docker: --shm-size), or give --workers 0"
+    )
+    while True:
+        with time_limit(seconds, lost):
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
         yield batch
 
 

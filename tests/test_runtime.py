@@ -1,4 +1,6 @@
-"""What the scripts share: exit status, error lines, torchrun's environment, ranks, whole-file writes."""
+"""What the scripts share: exit status, error lines, torchrun's environment, ranks, whole-file
+writes.
+"""
 
 import json
 import os
@@ -24,7 +26,7 @@ def test_exit_status_and_one_line(street, tmp_path):
         ("train.py", "--crop", "x"),
         ("evaluate.py", tmp_path / "none.pt"),
     ):
-        status, out, err = script(*args)
+        status, _, err = script(*args)
         assert status == 2 and err.count("\n") == 1 and "Traceback" not in err, err
 
 
@@ -48,14 +50,15 @@ def test_an_environment_that_is_not_torchruns(monkeypatch, environment, words):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match=words):
-        with runtime.distributed():
-            pass
+    with pytest.raises(InputError, match=words), runtime.distributed():
+        pass
 
 
 @pytest.mark.parametrize("buffered", ["", "1"])
 def test_output_that_cannot_be_written_is_no_traceback(run_folder, monkeypatch, buffered):
-    """A full disk behind standard output: status 1 and a line; a closed standard error: nobody hears, the result is the same."""
+    """A full disk behind standard output: status 1 and a line; a closed standard error: nobody
+    hears, the result is the same.
+    """
     command = [sys.executable, str(ROOT / "evaluate.py"), str(run_folder / "best.pt")]
     monkeypatch.setenv("PYTHONUNBUFFERED", buffered)  # empty: as if unset, the usual case
     with open("/dev/full", "w") as full:
@@ -144,7 +147,7 @@ def test_a_rank_gives_up_one_that_hangs(tmp_path):
     """Within the timeout, here 2 s in place of 10 minutes; torchrun then ends the others."""
 
     def main(argv):
-        with runtime.distributed(timedelta(seconds=2)) as (rank, world, device):
+        with runtime.distributed(timedelta(seconds=2)) as (rank, _, _):
             time.sleep(20 * rank)
             torch.distributed.all_reduce(torch.ones(1))
 
