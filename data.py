@@ -17,6 +17,7 @@ import signal
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
 
@@ -520,7 +521,7 @@ def _batches(load: Callable[..., Any], workers: int, **options: Any) -> Generato
     loader = DataLoader(
         _Loader(load),
         num_workers=workers,
-        worker_init_fn=_leave_signals,
+        worker_init_fn=_prepare_worker,
         generator=torch.Generator(),  # otherwise it draws from torch's global one
         **options,
     )
@@ -554,13 +555,16 @@ def _started(loader: DataLoader) -> Iterator[Any]:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
-def _leave_signals(worker: int) -> None:
+def _prepare_worker(worker: int) -> None:
     """Leave signals to the whole process group, such as Ctrl-C, to the main process.
 
     It finishes its step, and needs its workers for that. It also ends leftover workers with
-    SIGTERM, so that signal is delayed by 30 s (longer than a step).
+    SIGTERM, so that signal is delayed by 30 s (longer than a step). A batch that cannot be sent
+    (/dev/shm is full) ends the worker: it would be dropped, and waited for.
     """
     for number in GROUP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
+    hook = staticmethod(lambda error, batch: os._exit(1))
+    Queue._on_queue_feeder_error = hook  # type: ignore[attr-defined]  # not in typeshed
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {*GROUP_SIGNALS, signal.SIGTERM})

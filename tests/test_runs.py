@@ -751,6 +751,19 @@ def test_a_lost_batch_is_a_line(street, tmp_path, monkeypatch, stub):
     assert "Traceback" not in text
 
 
+def test_a_full_shared_memory_is_a_line(street, tmp_path):
+    """/dev/shm of 1 MiB, as a container may have it, and batches of 0.8 MB."""
+    script = f'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec {sys.executable} "$@"'
+    inside = ["unshare", "--mount", "sh", "-c", script, "sh"]
+    if subprocess.run([*inside, "-c", ""], capture_output=True).returncode:
+        pytest.skip("no mount namespace here")
+    flags = (*TINY, "--root", street, "--out", tmp_path / "r", "--workers", 2, "--crop", 256)
+    command = [*inside, ROOT / "train.py", *flags]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and "enlarge /dev/shm" in done.stderr.splitlines()[-1], done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_too_few_open_files_is_a_line(street, tmp_path, stub):
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
