@@ -263,7 +263,13 @@ def read(dataset: DataSet, index: int) -> tuple[np.ndarray, np.ndarray | None]:
         _, split, number = item.image.parts
         return synthetic.scene(split, int(number))
     if dataset.copy is not None:
-        return dataset.copy.read(index)
+        image, label = dataset.copy.read(index)
+        if label is not None and ((label >= len(dataset.classes)) & (label != IGNORE)).any():
+            raise InputError(
+                f"{quote(dataset.copy.path)}: holds labels out of range: remove it, and it is made "
+                "again"
+            )
+        return image, label
     image = decode_image(item.image)
     label = None
     if item.label is not None:

@@ -3,7 +3,6 @@
 import argparse
 import fcntl
 import json
-import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +36,7 @@ from runtime import (
     choose_amp,
     fail_on_all_ranks,
     import_factory,
+    open_lock,
     print_line,
     quote,
     sum_over_ranks,
@@ -234,9 +234,7 @@ def locked_folder(path: Path) -> Iterator[None]:
     """Make the run's folder and lock it. InputError if another training has the lock."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        # A pipe of that name must not block, a link must not be followed.
-        flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW
-        lock = os.fdopen(os.open(path / ".lock", flags), "w")
+        lock = open_lock(path / ".lock")
     except OSError as e:
         raise InputError(f"--out {quote(path)}: {e.strerror}: choose another") from None
     with lock:

@@ -99,6 +99,12 @@ def regular_file(path: Path | str) -> Path:
     return Path(path)
 
 
+def open_lock(path: Path) -> TextIO:
+    """A file to lock. A pipe of that name does not block, and a link is not followed."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW
+    return os.fdopen(os.open(path, flags), "w")
+
+
 def check_open_files(needed: int) -> None:
     """InputError if the system allows this process fewer open files."""
     allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
