@@ -5,9 +5,8 @@ run's folder holds last.pt, the one before it (last.prev.pt), best.pt, and with 
 weights, ema.pt.
 """
 
-from __future__ import annotations
-
 import os
+import pickletools
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -49,6 +48,13 @@ RUN_FIELDS = FIELDS | {  # what a training needs to go on
     "sums": Tensor,
     "history": [dict],
 }
+GLOBALS = {  # what the pickle of such a checkpoint names
+    "collections OrderedDict",
+    "torch._utils _rebuild_tensor_v2",
+    "torch DoubleStorage",
+    "torch FloatStorage",
+    "torch LongStorage",
+}
 REMEDY = "give a .pt file that train.py wrote"
 
 # ---- writing
@@ -60,7 +66,7 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def write_last(out: Path, state: dict[str, Any]) -> None:
-    """Write last.pt and keep the one before; averaged weights as ema.pt. OSError if the disk is full."""
+    """Write last.pt, keep the one before, and write averaged weights as ema.pt."""
     if state["ema"] is not None:
         # No training can go on from averaged weights, so their settings differ from the run's.
         settings = state["settings"] | {"averaged": True}
@@ -81,9 +87,7 @@ def finish_save(out: Path) -> None:
 
 
 def read_last(out: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint of a run's folder; None if there is none at all. InputError if
-    none is whole.
-    """
+    """A run's newest whole checkpoint; None if there is none. InputError if none is whole."""
     found = [p for p in (out / "last.pt", out / "last.prev.pt") if p.exists()]
     for path in found:
         try:
@@ -120,9 +124,7 @@ def read_checkpoint(path: str | Path, fields: dict[str, Any] = FIELDS) -> dict[s
 
 
 def read_pickle(path: str | Path) -> Any:
-    """What torch.save wrote, with the zip's checksums verified: torch.load does not look at
-    them.
-    """
+    """What torch.save wrote. The zip's checksums are verified, which torch.load does not do."""
     try:
         regular_file(path)
         with zipfile.ZipFile(path) as z, warnings.catch_warnings():
@@ -134,7 +136,10 @@ def read_pickle(path: str | Path) -> Any:
                 raise InputError(
                     f"{quote(path)}: damaged at {quote(bad)}: use the previous one or train again"
                 )
-            return torch.load(path, map_location="cpu", weights_only=True)
+            for name in z.namelist():
+                if name.endswith("data.pkl"):
+                    check_globals(z.read(name))
+        return plain(torch.load(path, map_location="cpu", weights_only=True))
     except InputError:
         raise
     except FileNotFoundError:
@@ -144,10 +149,24 @@ def read_pickle(path: str | Path) -> Any:
         raise InputError(f"{quote(path)}: not a readable checkpoint ({what}): {REMEDY}") from None
 
 
+def check_globals(pickled: bytes) -> None:
+    """ValueError if a pickle names more than tensors need: torch allows codecs that take hours."""
+    for opcode, argument, _ in pickletools.genops(pickled):
+        if opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST") and argument not in GLOBALS:
+            raise ValueError(f"the pickle names {argument}")
+
+
+def plain(value: Any) -> Any:
+    """The value, each OrderedDict a dict: a file can give one attributes that hide methods."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in dict.items(value)}
+    if isinstance(value, list):
+        return [plain(v) for v in value]
+    return value
+
+
 def has_type(value: Any, kind: Any) -> bool:
-    """Whether a value has a type; [type] and {type: type} stand for all that a list or a dict
-    holds.
-    """
+    """Whether a value has a type; [t] and {k: t} stand for all that a list or a dict holds."""
     if isinstance(kind, list):
         return isinstance(value, list) and all(has_type(v, kind[0]) for v in value)
     if isinstance(kind, dict):
@@ -213,9 +232,7 @@ def load_network(
 
 
 def check_model(model: Mapping[str, Tensor], blank: nn.Module, size: int) -> None:
-    """ValueError if these weights do not fit the network, are not finite, or exceed the file's size
-    in bytes.
-    """
+    """ValueError if the weights do not fit, are not finite, or exceed the file's size in bytes."""
     dnl.check_fit(blank, model, "the model")
     own = blank.state_dict()
     for name, t in model.items():
@@ -223,16 +240,21 @@ def check_model(model: Mapping[str, Tensor], blank: nn.Module, size: int) -> Non
             raise ValueError(f"the model does not fit: {name} is of another type")
     if sum(t.nbytes for t in model.values()) > size:
         raise ValueError("the model is larger than its file")
-    if not all(t.isfinite().all() for t in model.values()):
+    if not all(model[name].isfinite().all() for name in weight_names(blank)):
         raise ValueError("the model's weights are not all finite")
+
+
+def weight_names(net: nn.Module) -> list[str]:
+    """Names of what must be finite: parameters and BatchNorm's statistics. A mask may hold -inf."""
+    buffers = [name for name, _ in net.named_buffers()]
+    statistics = [name for name in buffers if name.endswith(("running_mean", "running_var"))]
+    return [name for name, _ in net.named_parameters()] + statistics
 
 
 def open_like(
     checkpoint: dict[str, Any], data: str | None, root: str | None, split: str, source: str
 ) -> DataSet:
-    """The data set that a checkpoint was trained on, or the named one. InputError if the classes
-    differ.
-    """
+    """The data set of a checkpoint, or the named one. InputError if the classes differ."""
     if data is None:
         data, root = checkpoint["data"], root or checkpoint["root"]
     dataset = open_dataset(data, root, split)

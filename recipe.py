@@ -3,8 +3,6 @@
 Settings of each data set, flags, schedule, losses, and what makes two runs equal.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math
@@ -161,9 +159,7 @@ def extra_flags(p: Parser) -> None:
 
 
 def parse_training(argv: Sequence[str] | None, world: int) -> argparse.Namespace:
-    """The arguments of train.py, with the defaults of --data. InputError if they cannot be trained
-    with.
-    """
+    """The arguments of train.py, with the defaults of --data. InputError if they do not fit."""
     args = training_parser().parse_args(argv)
     settings = asdict(SETTINGS[args.data])
     if args.data == "cityscapes" and args.split == "trainval":
@@ -253,9 +249,7 @@ def configuration(args: argparse.Namespace, num_classes: int) -> dnl.Config:
 def settings_of(
     args: argparse.Namespace, data: DataSet, class_weights: Tensor | None
 ) -> dict[str, Any]:
-    """What shapes the result: flags, number and names of the images, classes. Equal settings give
-    equal weights.
-    """
+    """What shapes the result: flags, images, classes. Equal settings give equal weights."""
     settings = {k: v for k, v in vars(args).items() if k not in OPERATIONAL.split()}
     top = os.path.join(Path(args.root or ""), "")  # as in the names, however --root is spelt
     names = "\n".join(str(item.image).removeprefix(top) for item in data.items)
@@ -268,9 +262,7 @@ def settings_of(
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of torch's generator in a step. So no random state needs to be saved, for
-    dropout.
-    """
+    """The seed of a step, for dropout: so no random state needs to be saved."""
     return int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
 
 
@@ -283,21 +275,27 @@ def set_mode(net: dnl.Network, freeze_bn: bool) -> dnl.Network:
     return net
 
 
-def check_batch(config: dnl.Config, args: argparse.Namespace, images: int) -> None:
-    """InputError if a BatchNorm would see one value a channel. Runs a forward of shapes alone, on
-    the meta device.
+def check_network(config: dnl.Config, args: argparse.Namespace, images: int) -> None:
+    """InputError if a BatchNorm would see one value a channel, or a parameter has no gradient.
 
-    images: how many a BatchNorm sees at a time.
+    images: how many a BatchNorm sees at a time. A step on the meta device: shapes, no arithmetic.
     """
     with torch.device("meta"):
         net = set_mode(dnl.build(config, import_factory(config.context)), args.freeze_bn)
         try:
-            net(torch.empty(images, 3, args.crop, args.crop), full_size=False)
+            outputs = net(torch.empty(images, 3, args.crop, args.crop), full_size=False)
         except ValueError as e:
             raise InputError(
                 f"--batch {args.batch} --accumulate {args.accumulate} --crop {args.crop} leaves "
                 f"too little to a BatchNorm ({e}): raise --batch or --crop, or lower --accumulate"
             ) from None
+        torch.stack([o.sum() for o in outputs]).sum().backward()
+    spare = [name for name, p in net.named_parameters() if p.requires_grad and p.grad is None]
+    if spare:
+        raise InputError(
+            f"--context {args.context}: no output depends on {', '.join(spare)}: use these "
+            "parameters in forward, or remove them"
+        )
 
 
 # ---- schedule and losses

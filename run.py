@@ -1,11 +1,8 @@
 """A training run: what it carries from step to step, how it starts, is saved and goes on."""
 
-from __future__ import annotations
-
 import argparse
 import fcntl
 import json
-import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,15 +24,19 @@ from checkpoint import (
     read_checkpoint,
     read_if_readable,
     read_last,
+    weight_names,
     write_checkpoint,
     write_last,
 )
 from data import DataSet, open_dataset, step_items
-from recipe import check_batch, configuration, rate, read_weights, settings_of
+from recipe import check_network, configuration, rate, read_weights, settings_of
 from runtime import (
+    Caught,
     InputError,
     choose_amp,
+    fail_on_all_ranks,
     import_factory,
+    open_lock,
     print_line,
     quote,
     sum_over_ranks,
@@ -46,9 +47,7 @@ from runtime import (
 
 @dataclass
 class Run:
-    """What training carries from step to step. `state_of` makes a checkpoint of it, `restore` reads
-    one.
-    """
+    """What training carries from step to step. `state_of` and `restore` save and read it."""
 
     args: argparse.Namespace
     data: DataSet
@@ -69,7 +68,7 @@ class Run:
     history: list[dict[str, Any]] = field(default_factory=list)  # a line per epoch
     best: float | None = None  # the mIoU of best.pt
     unsaved: bool = False  # the last checkpoint could not be written
-    caught: list[int] = field(default_factory=list)  # signals to stop
+    caught: Caught = field(default_factory=Caught)  # signals to stop
 
     @property
     def per_epoch(self) -> int:
@@ -126,16 +125,14 @@ def start_run(args: argparse.Namespace, rank: int, world: int, device: torch.dev
 def make_network(
     args: argparse.Namespace, num_classes: int, rank: int, world: int, device: torch.device
 ) -> dnl.Network:
-    """The network at its start. InputError if the flags make none, or too small a batch for its
-    BatchNorms.
-    """
+    """The network at its start. InputError if the flags make none, or too small a batch."""
     sync = world > 1 and device.type == "cuda"
     images = args.batch // args.accumulate  # that a BatchNorm sees at a time
     if not sync:
         images //= world
     config = configuration(args, num_classes)
     try:
-        check_batch(config, args, images)
+        check_network(config, args, images)
         torch.manual_seed(args.seed)
         net = dnl.build(config, import_factory(config.context))
     except InputError:
@@ -152,9 +149,7 @@ def make_network(
 
 
 def fill_backbone(net: dnl.Network, args: argparse.Namespace) -> None:
-    """Fill the backbone from --weights. InputError if the file is missing, broken or of another
-    network.
-    """
+    """Fill the backbone from --weights. InputError if the file is missing, broken or another's."""
     remedy = "expected a file of torchvision's for this backbone, or a checkpoint of train.py"
     if args.weights == "imagenet":
         remedy = "if nothing can be downloaded, give --weights FILE"
@@ -181,6 +176,26 @@ def make_optimizer(net: dnl.Network, args: argparse.Namespace) -> torch.optim.SG
     return torch.optim.SGD(
         groups, args.lr, args.momentum, weight_decay=args.weight_decay, fused=fused
     )
+
+
+def check_ranks_agree(run: Run) -> None:
+    """InputError on every rank if one has other flags or data than rank 0: they could hang."""
+    own = vars(run.args) | run.settings
+    for name in ("root", "cache", "workers"):  # a node may have its own
+        del own[name]
+    of_rank_0 = [own]
+    if run.world > 1:
+        dist.broadcast_object_list(of_rank_0, 0, device=torch.device("cpu"))
+    differ = []
+    for name, value in of_rank_0[0].items():
+        if value != own[name]:
+            differ.append(f"{name} {value} -> {own[name]}")
+    with fail_on_all_ranks():
+        if differ:
+            raise InputError(
+                f"rank {run.rank}: differs from rank 0: {'; '.join(differ)}: start every rank with "
+                "the same flags and data"
+            )
 
 
 def connect(run: Run) -> None:
@@ -216,14 +231,10 @@ def mean_in_rank_order(state, bucket):  # no annotations: DDP refuses those that
 
 @contextmanager
 def locked_folder(path: Path) -> Iterator[None]:
-    """Make the run's folder and lock it. InputError if that fails or another training has the
-    lock.
-    """
+    """Make the run's folder and lock it. InputError if another training has the lock."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        # A pipe of that name must not block, a link must not be followed.
-        flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW
-        lock = os.fdopen(os.open(path / ".lock", flags), "w")
+        lock = open_lock(path / ".lock")
     except OSError as e:
         raise InputError(f"--out {quote(path)}: {e.strerror}: choose another") from None
     with lock:
@@ -277,7 +288,8 @@ def save(run: Run) -> None:
     InputError if losses or weights are not finite: they would replace good ones.
     """
     check_finite(run)
-    if not all(t.isfinite().all() for t in run.net.state_dict().values()):
+    weights = run.net.state_dict()
+    if not all(weights[name].isfinite().all() for name in weight_names(run.net)):
         raise not_finite(run, run.step - 1, "weights are")
     state = state_of(run)
     if run.rank > 0:
@@ -309,9 +321,7 @@ def write_log(run: Run) -> None:
 
 
 def check_finite(run: Run) -> None:
-    """Raise InputError on all ranks if a loss since the last check is not finite. Waits for the
-    GPU.
-    """
+    """InputError on all ranks if a loss since the last check is not finite. Waits for the GPU."""
     failure = None
     for step, share in run.recent:
         if failure is None and not share.isfinite().all():
@@ -339,9 +349,7 @@ def not_finite(run: Run, step: int, what: str) -> InputError:
 
 
 def restore(run: Run) -> None:
-    """Go on from a checkpoint, if there is one. InputError if its settings differ, which it
-    names.
-    """
+    """Go on from a checkpoint, if there is one. InputError if its settings differ."""
     found = find_checkpoint(run)
     if found is None:
         return
@@ -373,9 +381,7 @@ def restore(run: Run) -> None:
 
 
 def find_checkpoint(run: Run) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint of --resume; for auto the newest whole one of the run's folder, if there is
-    one.
-    """
+    """The checkpoint of --resume; for auto the newest whole one of the run's folder."""
     if run.args.resume == "auto":
         return read_last(run.args.out)
     there = read_if_readable(run.args.out / "last.pt")

@@ -4,10 +4,9 @@ Wrong input as one line, printing, whole-file writes, the argument parser, the e
 device, precision, signals.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
+import multiprocessing
 import os
 import resource
 import secrets
@@ -37,8 +36,7 @@ class InputError(ValueError):
 
 
 def print_line(text: str, error: bool = False, end: str = "\n") -> None:
-    """Print to standard output, or standard error. A closed pipe or a full disk behind it stops
-    nothing.
+    """Print to standard output, or standard error. A closed pipe or a full disk stops nothing.
 
     On a terminal the line replaces an open line of progress.
     """
@@ -58,8 +56,7 @@ def print_progress(line: str, last: bool = False, log: bool = False) -> None:
 
     log: on standard output, and elsewhere every line; otherwise on standard error.
     """
-    stream = sys.stdout if log else sys.stderr
-    if on_terminal(stream):
+    if on_terminal(sys.stdout if log else sys.stderr):
         columns = shutil.get_terminal_size().columns - 1  # a wrapped line could not be rewritten
         print_line(line[:columns], error=not log, end="\n" if last else "")
     elif last or log:
@@ -72,9 +69,7 @@ def on_terminal(stream: TextIO | None) -> bool:
 
 
 def discard_output(stream: TextIO) -> None:
-    """Discard output that could not be written. Otherwise every later flush fails again, and the
-    exit status is 120.
-    """
+    """Discard what could not be written. Otherwise every later flush fails, and the exit too."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, stream.fileno())
     os.close(null)
@@ -82,9 +77,7 @@ def discard_output(stream: TextIO) -> None:
 
 
 def quote(path: Path | str) -> str:
-    """A file's name for a message: quoted and escaped if it would break the line or cannot be
-    printed.
-    """
+    """A file's name for a message: escaped if it would break the line or cannot be printed."""
     text = str(path)
     return text if text.isprintable() else repr(text)
 
@@ -104,6 +97,22 @@ def regular_file(path: Path | str) -> Path:
     if not os.path.isfile(path):
         raise OSError(0, "not a file")
     return Path(path)
+
+
+def open_lock(path: Path) -> TextIO:
+    """A file to lock. A pipe of that name does not block, and a link is not followed."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW
+    return os.fdopen(os.open(path, flags), "w")
+
+
+def check_open_files(needed: int) -> None:
+    """InputError if the system allows this process fewer open files."""
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if 0 <= allowed < needed:
+        raise InputError(
+            f"the system allows {allowed} open files, and --workers needs {needed}: raise the "
+            f"limit (ulimit -n {needed}), or give --workers 0"
+        )
 
 
 def write(path: Path, save: Callable[[BinaryIO], object]) -> None:
@@ -184,9 +193,7 @@ def parse_flags(
 
 
 def import_factory(context: str) -> Callable[[int, int], nn.Module] | None:
-    """The factory that MODULE:FACTORY names, imported; None for a built-in context. InputError if
-    there is none.
-    """
+    """The factory that MODULE:FACTORY names, imported; None for a built-in context."""
     if ":" not in context:
         return None
     module, name = context.split(":", 1)
@@ -258,7 +265,15 @@ def run_script(main: Callable[[], int | None], needs_output: bool = True) -> Non
                 stream.flush()
         except OSError:
             discard_output(stream)
+    kill_children()
     sys.exit(status)
+
+
+def kill_children() -> None:
+    """Kill processes that are left, such as stopped ones that read images: the exit would wait."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for each
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 # ---- ranks
@@ -286,9 +301,7 @@ def sum_over_ranks(numbers: Sequence[float], failure: InputError | None = None) 
 
 @contextmanager
 def fail_on_all_ranks() -> Iterator[None]:
-    """If the block raises InputError on one rank, raise it on all; otherwise the others would wait
-    for ever.
-    """
+    """If the block raises InputError on one rank, raise it on all: the others would wait for it."""
     failure = None
     try:
         yield
@@ -297,26 +310,20 @@ def fail_on_all_ranks() -> Iterator[None]:
     sum_over_ranks([], failure)
 
 
-def from_environment(name: str, default: int) -> int:
-    """A whole number among the environment variables."""
-    text = os.environ.get(name, str(default))
-    try:
-        return int(text)
-    except ValueError:
-        raise InputError(f"{name}={text!r} in the environment: expected a number") from None
-
-
 def read_ranks() -> tuple[int, int, int]:
-    """(rank, world, local rank) from torchrun's environment, or (0, 1, 0) without it. InputError if
-    they do not fit.
-    """
-    rank, world = from_environment("RANK", 0), from_environment("WORLD_SIZE", 1)
-    local, port = from_environment("LOCAL_RANK", 0), from_environment("MASTER_PORT", 0)
+    """(rank, world, local rank) as torchrun sets them, or (0, 1, 0)."""
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}
+    found = {name: os.environ.get(name, default) for name, default in defaults.items()}
+    try:
+        rank, world, local, port = map(int, found.values())
+    except ValueError:
+        rank = world = local = port = -1
     reachable = world == 1 or ("MASTER_ADDR" in os.environ and 0 < port < 65536)
     if not (0 <= rank < world and local >= 0 and reachable):
+        listed = ", ".join(f"{name}={value!r}" for name, value in found.items())
         raise InputError(
-            f"RANK {rank}, LOCAL_RANK {local}, WORLD_SIZE {world}, MASTER_ADDR or MASTER_PORT in "
-            "the environment are not torchrun's: unset them, or start with torchrun"
+            f"{listed} or MASTER_ADDR in the environment are not torchrun's: unset them, or start "
+            "with torchrun"
         )
     return rank, world, local
 
@@ -412,17 +419,61 @@ GROUP_SIGNALS = existing_signals("SIGINT", "SIGUSR1", "SIGHUP")
 
 
 @contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """A list that receives the numbers of SIGTERM, SIGINT, SIGUSR1 (Slurm's warning) and SIGHUP
-    while the block runs.
+def time_limit(seconds: int, message: str) -> Iterator[None]:
+    """Raise TimeoutError with the message if the block takes longer; 0 is no limit."""
+
+    def stop(number: int, frame: object) -> None:
+        raise TimeoutError(message)
+
+    if not seconds:
+        yield
+        return
+    old = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, old)
+
+
+class Interrupted(BaseException):
+    """A signal came during a wait. Not an Exception: those mean a wrong file when one is read."""
+
+
+class Caught(list[int]):
+    """The numbers of the signals that came. While `waiting`, a signal also raises Interrupted."""
+
+    waiting = False
+
+    def __call__(self, number: int, frame: object) -> None:
+        self.append(number)
+        if self.waiting:
+            raise Interrupted
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """A block, such as the wait for a batch, that a signal ends. It may have come before."""
+        self.waiting = True
+        try:
+            if self:
+                raise Interrupted
+            yield
+        finally:
+            self.waiting = False
+
+
+@contextmanager
+def stop_signals() -> Iterator[Caught]:
+    """Catch SIGTERM, SIGINT, SIGUSR1 (Slurm's warning) and SIGHUP while the block runs.
 
     A signal that is ignored, as SIGHUP is under nohup, stays so.
     """
-    caught: list[int] = []
+    caught = Caught()
     old = {}
     for number in (signal.SIGTERM, *GROUP_SIGNALS):
         if signal.getsignal(number) != signal.SIG_IGN:
-            old[number] = signal.signal(number, lambda number, frame: caught.append(number))
+            old[number] = signal.signal(number, caught)
     try:
         yield caught
     finally:

@@ -10,8 +10,6 @@ The same command goes on where the run stopped, on any number of ranks. That is 
 sample is a function of (seed, epoch, index), and a step one of the weights and its number.
 """
 
-from __future__ import annotations
-
 import signal
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -23,23 +21,23 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import recipe
 from data import IGNORE, color_jitter, normalize, train_batches
 from evaluate import evaluate, iou_table, scores
-from recipe import (
-    SETTINGS,
-    losses,
-    ohem_mask,
-    parse_training,
-    pixel_losses,
-    rate,
-    recipe_warnings,
-    set_mode,
-    step_seed,
+from run import (
+    Run,
+    check_finite,
+    check_ranks_agree,
+    connect,
+    locked_folder,
+    restore,
+    save,
+    start_run,
 )
-from run import Run, check_finite, connect, locked_folder, restore, save, start_run
 from runtime import (
     AMP,
     InputError,
+    Interrupted,
     choose_kernels,
     distributed,
     fail_on_all_ranks,
@@ -52,27 +50,25 @@ from runtime import (
 )
 from watch import Board, epoch_line, epoch_values, step_line, val_sheet
 
-
 Batch = tuple[Tensor, Tensor, Tensor]  # images, labels, colour factors
 
 
 class Stopped(Exception):
-    """A signal came, to this rank or another, and the run was saved. Its only argument is the
-    signal's number.
-    """
+    """A signal, its only argument, came to this rank or another, and the run was saved."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, from the start or from the last checkpoint. Returns the exit status."""
     with distributed() as (rank, world, device), ExitStack() as stack:
-        args = parse_training(argv, world)
+        args = recipe.parse_training(argv, world)
         choose_kernels(args.deterministic)
         with fail_on_all_ranks():
             run = start_run(args, rank, world, device)
             if rank == 0:
                 stack.enter_context(locked_folder(args.out))
-                for text in recipe_warnings(args):
+                for text in recipe.recipe_warnings(args):
                     print_line(f"note: {text}", error=True)
+        check_ranks_agree(run)
         connect(run)
         with fail_on_all_ranks():
             restore(run)
@@ -91,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(run: Run) -> None:
     """All steps from run.step on: step, log, validate, save. Raises Stopped after a signal."""
     args, first, start = run.args, run.step, time.monotonic()
-    set_mode(run.net, args.freeze_bn)
+    recipe.set_mode(run.net, args.freeze_bn)
     board = Board(args.out, run.step, asked=args.tensorboard and run.rank == 0)
     with stop_signals() as run.caught, closing(board), closing(open_batches(run)) as batches:
         if run.step == (len(run.history) + 1) * run.per_epoch:  # it was stopped while validating
@@ -128,7 +124,7 @@ def open_batches(run: Run) -> Generator[Batch, None, None]:
         world=run.world,
         crop=run.args.crop,
         scale=tuple(run.args.scale),
-        relative=SETTINGS[run.args.data].relative,
+        relative=recipe.SETTINGS[run.args.data].relative,
         workers=run.args.workers,
         pin=run.device.type == "cuda",
     )
@@ -143,8 +139,11 @@ def next_batch(run: Run, batches: Iterator[Batch]) -> tuple[Batch, float, bool]:
     """
     failure, labelled = None, 0.0
     try:
-        batch = next(batches)
+        with run.caught.interruptible():
+            batch = next(batches)
         labelled = count_labelled(run, batch[1]).item()
+    except Interrupted:  # every rank stops below
+        pass
     except InputError as e:
         failure = e
     labelled, signals, unsaved = sum_over_ranks([labelled, len(run.caught), run.unsaved], failure)
@@ -168,9 +167,10 @@ def train_step(run: Run, batch: Batch, labelled: float) -> Tensor:
     GPU is not waited for.
     """
     args = run.args
-    torch.manual_seed(step_seed(args.seed, run.step, run.rank))
+    torch.manual_seed(recipe.step_seed(args.seed, run.step, run.rank))
+    factor = recipe.rate(run.step, run.total, args.power, args.warmup)
     for group in run.optimizer.param_groups:
-        group["lr"] = args.lr * group["factor"] * rate(run.step, run.total, args.power, args.warmup)
+        group["lr"] = args.lr * group["factor"] * factor
     share = torch.zeros_like(run.sums)
     images, labels, factors = batch
     parts = zip(
@@ -205,9 +205,7 @@ def no_sync(run: Run) -> AbstractContextManager:
 
 
 def part_losses(run: Run, x: Tensor, y: Tensor, labelled: float) -> Tensor:
-    """The losses of a part of a rank's batch: forward, then `losses`; with --ohem the head's on
-    hard pixels.
-    """
+    """The losses of a part of a rank's batch. With --ohem the head's are of hard pixels."""
     amp = AMP[run.args.amp]
     with torch.autocast(run.device.type, amp or torch.bfloat16, enabled=amp is not None):
         outputs = run.model(x.contiguous(memory_format=torch.channels_last), full_size=False)
@@ -215,21 +213,19 @@ def part_losses(run: Run, x: Tensor, y: Tensor, labelled: float) -> Tensor:
     if weight is not None:
         weight = weight.to(run.device, non_blocking=True)
     if not run.args.ohem:
-        return losses(outputs, y, labelled, weight)
-    with torch.no_grad():
-        hard = ohem_mask(pixel_losses(outputs[0], y))  # by probability, whatever the class weighs
-    pixels = pixel_losses(outputs[0], y, weight)
+        return recipe.losses(outputs, y, labelled, weight)
+    with torch.no_grad():  # hard by probability, whatever the class weighs
+        hard = recipe.ohem_mask(recipe.pixel_losses(outputs[0], y))
+    pixels = recipe.pixel_losses(outputs[0], y, weight)
     kept = count_labelled(run, y, hard).float()
     if run.world > 1:
         dist.all_reduce(kept)
     head = (pixels * hard).sum() / kept.clamp(min=1) / run.args.accumulate
-    return torch.cat([head[None], losses(outputs[1:], y, labelled, weight)])
+    return torch.cat([head[None], recipe.losses(outputs[1:], y, labelled, weight)])
 
 
 def count_labelled(run: Run, labels: Tensor, among: Tensor | bool = True) -> Tensor:
-    """Labelled pixels of this rank's batch, each counted by the weight of its class. among: a
-    mask.
-    """
+    """Labelled pixels of this rank's batch, weighted by class. among: a mask."""
     weight = labels != IGNORE
     if run.class_weights is not None:
         weights = F.pad(run.class_weights, (0, 256 - len(run.class_weights)))
@@ -279,7 +275,7 @@ def end_epoch(run: Run, board: Board, saved: bool = False) -> None:
         line |= validate(run, run.net)
         if run.ema is not None:
             line["ema_miou"] = validate(run, run.ema)["miou"]
-        set_mode(run.net, run.args.freeze_bn)
+        recipe.set_mode(run.net, run.args.freeze_bn)
     run.history.append(line)
     run.sums.zero_()
     save(run)
@@ -323,9 +319,7 @@ def validate(run: Run, net: nn.Module) -> dict[str, Any]:
 
 
 def finish(run: Run) -> int:
-    """Print the table of classes and write val.png, on rank 0. Returns the exit status: 1 if the
-    disk was full.
-    """
+    """Print the table of classes and write val.png. Returns the exit status."""
     if run.rank > 0:
         return 0
     last, out = run.history[-1], run.args.out

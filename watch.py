@@ -2,8 +2,6 @@
 images.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,9 +19,7 @@ from runtime import AMP, peak_memory, print_line
 
 
 class Board:
-    """TensorBoard's files of a run, if asked for. A full disk ends them with one line; the training
-    goes on.
-    """
+    """TensorBoard's files of a run, if asked for. A full disk ends them with one line."""
 
     def __init__(self, folder: Path, step: int, asked: bool) -> None:
         self.writer: Any = None

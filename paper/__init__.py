@@ -1,1 +1,1 @@
-"""What reproduces the paper's comparisons: the peers' context modules, the tables, the noise, the figures."""
+"""The paper's comparisons: the compared modules, tables, figures, noise in numbers, benchmark."""

@@ -1,22 +1,26 @@
 """What the block, the network and the loader cost on this machine (Section III-F, Table V).
 
     python -m paper.bench block   [--grow] [--runs N] [--json]
-    python -m paper.bench network [--backbone resnet101] [--size 256 256] [--batch 2] [--classes 19] [--amp auto] ...
+    python -m paper.bench network [--backbone resnet101] [--size 256 256] [--amp auto] ...
     python -m paper.bench loader  [--images 8] [--crop 768] [--runs N] [--json]
 
-What is compared is timed in turn in one run, so that a ratio holds on a machine that is not quiet; a time is the
-median of --runs. A GPU is used where there is one. --json: one object on the last line, with
+Everything that is compared is timed in turn in one run, so that the ratios hold on a busy machine
+too. A time is the median of --runs. A GPU is used if there is one. --json prints one object as the
+last line:
 
     machine  cpu, cores, threads, torch, device
     memory   how the peaks were taken and what is subtracted (block, network)
-    rows     block: n, dtype, pass (forward, forward+backward), route (value, map, nl; sdpa on a GPU), seconds,
-             peak (bytes over the inputs), peak_over_outputs (bytes, the results subtracted as well)
-             network: what (training, inference), variant (asked, plain), amp, channels_last, seconds,
-             images_per_second, held (bytes of weights, statistics, momentum), peak (bytes over those and the batch),
-             flops (of a call), flops_per_second, matrix_flops_per_second (of a large product), share (of the two)
-             loader: route (resize_all, crop_first, cached), seconds (an image), images_per_second (of one worker)
-    ratios   block: "DTYPE PASS value/nl", "... map/value" of times; network: "WHAT asked/plain" of times;
-             loader: "crop_first/resize_all", "cached/crop_first" of images/s
+    rows     block: n, dtype, pass (forward, forward+backward), route (value, map, nl; on a GPU
+             sdpa), seconds, peak (bytes over the inputs), peak_over_outputs (over the results too)
+             network: what (training, inference), variant (asked, plain), seconds, peak (bytes over
+             held and the batch), flops (of a call), flops_per_second, matrix_flops_per_second (of
+             a large product), share (their quotient), images_per_second, held (bytes of weights,
+             statistics, momentum), amp, channels_last
+             loader: route (resize_all, crop_first, cached), seconds (an image), images_per_second
+             (of one worker)
+    ratios   block: "DTYPE PASS value/nl", "... map/value" of times
+             network: "WHAT asked/plain" of times
+             loader: "crop_first/resize_all", "cached/crop_first" of images per second
     file_mb  loader: megabytes of a generated PNG
 """
 
@@ -24,196 +28,164 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import statistics
-import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-import data
 import dnl
+from paper.bench_loader import loader
+from paper.measure import SOURCE, in_turn, machine, markdown, peak_memory
 from paper.peers import attention
 from recipe import losses
-from runtime import AMP, Parser, choose_amp, run_script
+from runtime import AMP, InputError, Parser, choose_amp, run_script
 
-SIZE = (48, 48)  # N = 2304, the paper's 768 x 768 at stride 16
-LARGE = ((64, 128), (128, 256))  # N = 8192; 32768, of an image of 2048 x 4096
-GROW = ((24, 24), (96, 96), (192, 192))  # with SIZE: N four times as large each time
-CHANNELS, CLASSES = 512, 19  # C (C' is an eighth of it) and n
+SIZE = (48, 48)  # N = 2304: the paper's 768 x 768 at stride 16
+LARGE = ((64, 128), (128, 256))  # N = 8192; N = 32768: an image of 2048 x 4096
+GROW = ((24, 24), (96, 96), (192, 192))  # with SIZE: each N is four times the one before
+CHANNELS = 512  # C; C' is an eighth of it
+CLASSES = 19
 
-SOURCE = {
-    "cuda": "torch.cuda.max_memory_allocated",
-    "cpu": "the profiler's allocations played back",
-}
-
-# ---- measuring
-
-
-def machine(device: torch.device) -> dict[str, str | int]:
-    """The machine line: cpu, cores this process may use, threads, torch, device."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    cpu = next(
-        (x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")),
-        platform.processor(),
-    )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    return {
-        "cpu": cpu,
-        "cores": cores,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "device": name,
-    }
-
-
-def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Wall time of one call, s; on a GPU until its work is done."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else nullcontext
-    wait()
-    start = time.perf_counter()
-    run()
-    wait()
-    return time.perf_counter() - start
-
-
-def in_turn(
-    cases: Mapping[Any, Callable[[], object]], runs: int, device: torch.device
-) -> dict[Any, float]:
-    """Median seconds of each case over `runs` rounds, every case once a round, after a round that is not counted.
-
-    runs 0: that first round itself, for calls so long that being cold does not show."""
-    rounds = [{name: seconds(run, device) for name, run in cases.items()} for _ in range(runs + 1)]
-    return {name: statistics.median(r[name] for r in rounds[1:] or rounds) for name in cases}
-
-
-def peak_memory(run: Callable[[], Sequence[Tensor]], device: torch.device) -> tuple[int, int]:
-    """The most bytes that tensors held during a call over what they held before it, and the bytes of its results.
-
-    On a CPU temporary copies inside operators count, what oneDNN or MKL allocate for themselves does not."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        results = sum(x.nbytes for x in run())
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before, results
-    with torch.autograd.profiler.profile(profile_memory=True) as profile:
-        results = sum(x.nbytes for x in run())
-    events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda e: e.start_ns())
-    return int(np.cumsum([0, *(e.nbytes() for e in events)]).max()), results
-
+Size = tuple[int, int]  # (H, W)
+Report = dict[str, Any]
+Call = Callable[[], list[Tensor]]
 
 # ---- the block
 
 
-def routes(size: tuple[int, int], names: Sequence[str]) -> dict[str, Callable[..., Tensor]]:
-    """The ways to the sum in eq. 3, each (q, k, v, p) -> (B, C, N). nl and sdpa have no GR and no LR: p is left
-    alone; sdpa includes the change of layout that its kernels need."""
-    every = {
-        "value": lambda q, k, v, p: dnl.denoised_attention(q, k, v, p, size),
-        "map": lambda q, k, v, p: torch.bmm(v, dnl.denoised_maps(q, k, p, size)[2].to(v.dtype).mT),
-        "nl": lambda q, k, v, p: attention(q, k, v),
-        "sdpa": lambda q, k, v, p: (
-            F.scaled_dot_product_attention(
-                *(x.mT.contiguous()[:, None] for x in (q, k, v)), scale=1.0
-            )[:, 0].mT
-        ),
-    }
-    return {name: every[name] for name in names}
+def map_route(q: Tensor, k: Tensor, v: Tensor, p: Tensor, size: Size) -> Tensor:
+    """The sum in eq. 3 by A'' as a whole map, (B, C, N)."""
+    a = dnl.denoised_maps(q, k, p, size)[2]
+    return torch.bmm(v, a.to(v.dtype).mT)
+
+
+def plain_route(q: Tensor, k: Tensor, v: Tensor, p: Tensor, size: Size) -> Tensor:
+    """Plain attention, (B, C, N): no GR, so p is not used, and no LR."""
+    return attention(q, k, v)
+
+
+def fused_route(q: Tensor, k: Tensor, v: Tensor, p: Tensor, size: Size) -> Tensor:
+    """As `plain_route` by PyTorch's fused kernel, with the change of layout that it needs."""
+    q, k, v = q.mT.contiguous(), k.mT.contiguous(), v.mT.contiguous()
+    out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], scale=1.0)
+    return out[:, 0].mT
+
+
+ROUTES: dict[str, Callable[..., Tensor]] = {
+    "value": dnl.denoised_attention,
+    "map": map_route,
+    "nl": plain_route,
+    "sdpa": fused_route,
+}
+
+
+def draw_inputs(
+    n: int,
+    channels: int,
+    classes: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[list[Tensor], Tensor]:
+    """Random [Q, K, V, P] of one image with n pixels, and a gradient of the sum in eq. 3.
+
+    Their channels are innermost in memory, as in the network.
+    """
+    generator = torch.Generator().manual_seed(0)
+    drawn = []
+    for width in (channels // 8, channels // 8, channels, classes, channels):
+        x = torch.randn(1, n, width, generator=generator)
+        drawn.append(x.to(device, dtype).mT)
+    q, k, v, p, grad = drawn
+    inputs = [q / 4, k / 4, v, p]  # logits of deviation sqrt(C'/64) / 2
+    for x in inputs:
+        x.requires_grad_()
+    return inputs, grad
 
 
 def block_rows(
-    size: tuple[int, int],
+    size: Size,
     names: Sequence[str],
     runs: int,
     device: torch.device,
     dtype: torch.dtype,
     channels: int = CHANNELS,
     classes: int = CLASSES,
-) -> list[dict[str, Any]]:
-    """Rows (module docstring) of the routes on drawn Q, K, V, P at batch 1, channels innermost, as the network hands them."""
-    N = size[0] * size[1]
-    widths = (channels // 8, channels // 8, channels, classes, channels)
-    draw = torch.Generator().manual_seed(0)
-    q, k, v, p, grad = (torch.randn(1, N, c, generator=draw).to(device, dtype).mT for c in widths)
-    inputs = [
-        x.requires_grad_() for x in (q / 4, k / 4, v, p)
-    ]  # logits of deviation 0.5 sqrt(C'/64)
+) -> list[Report]:
+    """Rows (module docstring) of the named ROUTES on random Q, K, V, P at batch 1."""
+    n = size[0] * size[1]
+    inputs, grad = draw_inputs(n, channels, classes, device, dtype)
 
-    def forward(route: Callable[..., Tensor]) -> list[Tensor]:
+    def forward(name: str) -> list[Tensor]:
         with torch.no_grad():
-            return [route(*inputs)]
+            return [ROUTES[name](*inputs, size)]
 
-    def both(route: Callable[..., Tensor]) -> list[Tensor]:
-        out = route(*inputs)
+    def forward_backward(name: str) -> list[Tensor]:
+        out = ROUTES[name](*inputs, size)
         grads = torch.autograd.grad(out, inputs, grad, allow_unused=True)
         return [out.detach(), *(g for g in grads if g is not None)]
 
     rows = []
-    for name, call in (("forward", forward), ("forward+backward", both)):
-        cases = {route: partial(call, f) for route, f in routes(size, names).items()}
+    for what, call in (("forward", forward), ("forward+backward", forward_backward)):
+        cases = {name: partial(call, name) for name in names}
         times = in_turn(cases, runs, device)
-        for route, run in cases.items():
+        for name, run in cases.items():
             peak, results = peak_memory(run, device)
-            rows.append(
-                {
-                    "n": N,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "pass": name,
-                    "route": route,
-                    "seconds": times[route],
-                    "peak": peak,
-                    "peak_over_outputs": peak - results,
-                }
-            )
+            row = {
+                "n": n,
+                "dtype": str(dtype).removeprefix("torch."),
+                "pass": what,
+                "route": name,
+                "seconds": times[name],
+                "peak": peak,
+                "peak_over_outputs": peak - results,
+            }
+            rows.append(row)
     return rows
 
 
-def block(runs: int, device: torch.device, grow: bool = False) -> dict[str, Any]:
-    """The report (module docstring) at N = 2304, fp32 and on a GPU bf16 too, and of the value route at larger N."""
+def block(runs: int, device: torch.device, grow: bool = False) -> Report:
+    """The report (module docstring): all routes at N = 2304, the value route at larger N too.
+
+    In fp32; on a GPU in bf16 as well.
+    """
+    dtypes = [torch.float32]
+    names = ["value", "map", "nl"]
+    large_runs = 0  # on a CPU one call takes long enough
+    if device.type == "cuda":
+        dtypes.append(torch.bfloat16)
+        names.append("sdpa")
+        large_runs = runs
     rows = []
-    for dtype in (torch.float32, torch.bfloat16)[: 1 + (device.type == "cuda")]:
-        names = ("value", "map", "nl", "sdpa")[: 3 + (device.type == "cuda")]
+    for dtype in dtypes:
         rows += block_rows(SIZE, names, runs, device, dtype)
         for size in GROW if grow else LARGE:
-            rows += block_rows(
-                size, ("value",), runs if device.type == "cuda" else 0, device, dtype
-            )
+            rows += block_rows(size, ["value"], large_runs, device, dtype)
     return {
-        "memory": "peak over Q, K, V, P and the gradient that comes in, by " + SOURCE[device.type],
+        "memory": f"peak over Q, K, V, P and the incoming gradient, by {SOURCE[device.type]}",
         "rows": rows,
         "ratios": block_ratios(rows),
     }
 
 
-def block_ratios(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Times of value over nl and of map over value, for each dtype and pass that has them."""
-    times = {
-        (r["dtype"], r["pass"], r["route"]): r["seconds"] for r in rows if r["n"] == rows[0]["n"]
-    }
-    pairs = (("value", "nl"), ("map", "value"))
-    return {
-        f"{d} {p} {a}/{b}": t / times[d, p, b]
-        for a, b in pairs
-        for (d, p, route), t in times.items()
-        if route == a
-    }
+def block_ratios(rows: Sequence[Report]) -> dict[str, float]:
+    """Times of value over nl and of map over value, for each dtype and pass of the first N."""
+    times = {}
+    for row in rows:
+        if row["n"] == rows[0]["n"]:
+            case = f"{row['dtype']} {row['pass']}"
+            times[case, row["route"]] = row["seconds"]
+    ratios = {}
+    for above, below in (("value", "nl"), ("map", "value")):
+        for (case, route), seconds in times.items():
+            if route == above:
+                ratios[f"{case} {above}/{below}"] = seconds / times[case, below]
+    return ratios
 
 
 # ---- the network
@@ -221,24 +193,26 @@ def block_ratios(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def network_cases(
     config: dnl.Config,
-    size: tuple[int, int],
+    size: Size,
     batch: int,
     amp: str,
     channels_last: bool,
     device: torch.device,
-) -> tuple[dict[str, Callable[[], list[Tensor]]], int]:
-    """{"training", "inference": a call of one step}, and the bytes of weights, statistics and momentum.
+) -> tuple[dict[str, Call], int]:
+    """One step of training and of inference, and the bytes of weights, statistics and momentum.
 
-    A step is train.py's: eq. 5 by its `losses` on stride-8 outputs, SGD; inference ends with full-size logits.
+    Training is as in train.py: eq. 5 on stride-8 outputs, SGD. Inference gives full-size logits.
     """
     layout = torch.channels_last if channels_last else torch.contiguous_format
     torch.manual_seed(0)
-    net = dnl.build(config).to(device, memory_format=layout)
+    net = dnl.build(config).to(device)
+    net.to(memory_format=layout)  # type: ignore[call-overload]  # torch's stub lacks it
     optimizer = torch.optim.SGD(net.parameters(), 1e-3, 0.9, fused=device.type == "cuda")
     x = torch.randn(batch, 3, *size, device=device).contiguous(memory_format=layout)
     label = torch.randint(config.num_classes, (batch, *size), device=device, dtype=torch.uint8)
+    dtype = AMP[amp]
     autocast = partial(
-        torch.autocast, device.type, AMP[amp] or torch.bfloat16, enabled=AMP[amp] is not None
+        torch.autocast, device.type, dtype or torch.bfloat16, enabled=dtype is not None
     )
 
     def training() -> list[Tensor]:
@@ -255,146 +229,68 @@ def network_cases(
         with torch.inference_mode(), autocast():
             return [net(x)]
 
-    weights = sum(p.nbytes for p in net.parameters())
-    return {"training": training, "inference": inference}, 2 * weights + sum(
-        b.nbytes for b in net.buffers()
-    )
+    held = 2 * sum(p.nbytes for p in net.parameters())  # weights and momentum
+    held += sum(b.nbytes for b in net.buffers())
+    return {"training": training, "inference": inference}, held
 
 
-def matrix_product(amp: str, device: torch.device) -> tuple[Callable[[], Tensor], int]:
-    """A large matrix product of the type that `amp` computes in, and its floating-point operations."""
+def matrix_product(amp: str, device: torch.device) -> tuple[Call, int]:
+    """A large matrix product of the type that `amp` computes in, and its FLOPs."""
     n = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(2, n, n, device=device, dtype=AMP[amp] or torch.float32)
-    return lambda: a @ b, 2 * n**3
+    dtype = AMP[amp] or torch.float32
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    return lambda: [a @ b], 2 * n**3
 
 
 def network(
-    config: dnl.Config, size: tuple[int, int], batch: int, amp: str, runs: int, device: torch.device
-) -> dict[str, Any]:
-    """The report (module docstring): asked is `amp` in channels_last, plain is fp32 without channels_last."""
-    variants = {"asked": (amp, True), "plain": ("off", False)}
-    made = {v: network_cases(config, size, batch, *how, device) for v, how in variants.items()}
-    products = {v: matrix_product(how[0], device) for v, how in variants.items()}
-    calls = {(what, v): call for v, (cases, _) in made.items() for what, call in cases.items()}
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
-        times = in_turn(
-            calls | {("product", v): run for v, (run, _) in products.items()}, runs, device
-        )
-        rows = [
-            network_row(what, v, call, times[what, v], products[v][1] / times["product", v], device)
-            | {"images_per_second": batch / times[what, v], "held": made[v][1]}
-            | dict(zip(("amp", "channels_last"), variants[v]))
-            for (what, v), call in calls.items()
-        ]
-    return {
-        "memory": "peak over weights, statistics, momentum (held) and the batch, by "
-        + SOURCE[device.type],
-        "rows": rows,
-        "ratios": {
-            f"{what} asked/plain": times[what, "asked"] / times[what, "plain"]
-            for what in ("training", "inference")
-        },
-    }
-
-
-def network_row(
-    what: str,
-    variant: str,
-    call: Callable[[], list[Tensor]],
-    took: float,
-    rate: float,
+    config: dnl.Config,
+    size: Size,
+    batch: int,
+    amp: str,
+    runs: int,
     device: torch.device,
-) -> dict[str, Any]:
-    """A row's figures: peak, FLOPs (2 a multiply-add; recomputed ones count, for they are done) and share."""
+) -> Report:
+    """The report (module docstring). asked: `amp` and channels_last; plain: fp32 without it."""
+    variants = {"asked": (amp, True), "plain": ("off", False)}
+    calls, products, held, flops = {}, {}, {}, {}
+    for name, (precision, last) in variants.items():
+        cases, held[name] = network_cases(config, size, batch, precision, last, device)
+        for what, call in cases.items():
+            calls[what, name] = call
+        products["product", name], flops[name] = matrix_product(precision, device)
+    rows = []
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
+        times = in_turn({**calls, **products}, runs, device)
+        for (what, name), call in calls.items():
+            seconds = times[what, name]
+            row: Report = {"what": what, "variant": name, "seconds": seconds}
+            row |= call_costs(call, seconds, device)
+            rate = flops[name] / times["product", name]
+            row["matrix_flops_per_second"] = rate
+            row["share"] = row["flops_per_second"] / rate
+            row["images_per_second"] = batch / seconds
+            row["held"] = held[name]
+            row["amp"], row["channels_last"] = variants[name]
+            rows.append(row)
+    ratios = {}
+    for what in ("training", "inference"):
+        ratios[f"{what} asked/plain"] = times[what, "asked"] / times[what, "plain"]
+    memory = "peak over weights, statistics, momentum (held) and the batch, by "
+    return {"memory": memory + SOURCE[device.type], "rows": rows, "ratios": ratios}
+
+
+def call_costs(call: Call, seconds: float, device: torch.device) -> Report:
+    """Peak and FLOPs of a call that takes these seconds.
+
+    A multiply-add is 2 FLOPs. Recomputed ones count, since they are done.
+    """
     with FlopCounterMode(display=False) as counter:
         call()
     flops = counter.get_total_flops()
     return {
-        "what": what,
-        "variant": variant,
-        "seconds": took,
         "peak": peak_memory(call, device)[0],
         "flops": flops,
-        "flops_per_second": flops / took,
-        "matrix_flops_per_second": rate,
-        "share": flops / took / rate,
-    }
-
-
-# ---- the loader
-
-
-def make_tree(root: Path, images: int, size: tuple[int, int]) -> float:
-    """Write a `cityscapes` tree of drawn images and labels, split train; returns the mean size of a PNG image, MB.
-
-    Shades of all scales under a camera's noise, so that a PNG is as large, and as slow to decode, as one of a street.
-    """
-    H, W = size
-    paths = [root / top / "train" / "drawn" for top in ("leftImg8bit", "gtFine")]
-    for path in paths:
-        path.mkdir(parents=True)
-    for i in range(images):
-        rng = np.random.default_rng(i)
-        image = 118 + 0.5 * rng.standard_normal((H, W, 3), np.float32)
-        for cell in (
-            8,
-            32,
-            128,
-        ):  # a smooth field of features of about that many pixels, in each channel
-            coarse = 20 * rng.standard_normal((3, H // cell + 2, W // cell + 2), np.float32)
-            image += np.stack(
-                [Image.fromarray(c).resize((W, H), Image.Resampling.BICUBIC) for c in coarse], 2
-            )
-        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(paths[0] / f"{i}_leftImg8bit.png")
-        ids = Image.fromarray(
-            rng.integers(0, 34, (H // 64 + 1, W // 64 + 1), np.uint8)
-        )  # label ids
-        ids.resize((W, H), Image.Resampling.NEAREST).save(paths[1] / f"{i}_gtFine_labelIds.png")
-    return sum(f.stat().st_size for f in paths[0].iterdir()) / images / 1e6
-
-
-def resize_all(dataset: data.DataSet, index: int, crop: int) -> tuple[np.ndarray, np.ndarray]:
-    """data.sample(dataset, 0, 0, index, crop) in the usual order: image and label resized whole, then cropped."""
-    rng = np.random.default_rng((0, 0, index))
-    image, label = data.read(dataset, index)
-    scale = rng.uniform(0.5, 2)
-    H, W = (max(1, round(n * scale)) for n in label.shape)
-    whole = [
-        np.asarray(Image.fromarray(x).resize((W, H), how))
-        for x, how in ((image, Image.Resampling.BILINEAR), (label, Image.Resampling.NEAREST))
-    ]
-    y, x = (int(rng.integers(0, max(0, n - crop) + 1)) for n in (H, W))
-    out, ids = (
-        np.full((crop, crop, 3), data.PAD, np.uint8),
-        np.full((crop, crop), data.IGNORE, np.uint8),
-    )
-    out[:H, :W], ids[:H, :W] = (a[y : y + crop, x : x + crop] for a in whole)
-    flip = -1 if rng.random() < 0.5 else 1
-    return np.ascontiguousarray(out[:, ::flip].transpose(2, 0, 1)), np.ascontiguousarray(
-        ids[:, ::flip]
-    )
-
-
-def loader(
-    images: int, crop: int, runs: int, size: tuple[int, int] = (1024, 2048)
-) -> dict[str, Any]:
-    """The report (module docstring): training samples made one after the other in this process, as by one worker."""
-    with tempfile.TemporaryDirectory() as folder:
-        root, cache = Path(folder, "tree"), Path(folder, "cache")
-        file_mb = make_tree(root, images, size)
-        files, cached = (data.open_dataset("cityscapes", root, "train", c) for c in (None, cache))
-        make = {
-            "resize_all": lambda i: resize_all(files, i, crop),
-            "crop_first": lambda i: data.sample(files, 0, 0, i, crop),
-            "cached": lambda i: data.sample(cached, 0, 0, i, crop),
-        }
-        cases = {route: (lambda f=f: [f(i) for i in range(images)]) for route, f in make.items()}
-        rates = {r: images / t for r, t in in_turn(cases, runs, torch.device("cpu")).items()}
-    pairs = (("crop_first", "resize_all"), ("cached", "crop_first"))
-    return {
-        "rows": [{"route": r, "seconds": 1 / v, "images_per_second": v} for r, v in rates.items()],
-        "ratios": {f"{a}/{b}": rates[a] / rates[b] for a, b in pairs},
-        "file_mb": file_mb,
+        "flops_per_second": flops / seconds,
     }
 
 
@@ -413,58 +309,45 @@ UNITS = {
 }
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table whose columns also line up as plain text, all but the first to the right."""
-    cells = [[str(c) for c in row] for row in (header, *rows)]
-    widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(header))]
-    padded = [
-        [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]
-        for row in cells
-    ]
-    lines = ["| " + " | ".join(row) + " |" for row in padded]
-    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (w + 1) + ":" for w in widths[1:])]) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
-
-
-def bench_table(rows: Sequence[Mapping[str, Any]]) -> str:
+def bench_table(rows: Sequence[Report]) -> str:
     """The rows for people: a column for each key, figures in the units that its head names."""
-    return markdown(
-        [UNITS[key][0] if key in UNITS else key for key in rows[0]],
-        [
-            [f"{v * UNITS[key][1]:.2f}" if key in UNITS else v for key, v in row.items()]
-            for row in rows
-        ],
-    )
+    head, columns = [], []
+    for key in rows[0]:
+        values = [row[key] for row in rows]
+        title = key
+        if key in UNITS:
+            title, factor = UNITS[key]
+            values = [f"{v * factor:.2f}" for v in values]
+        head.append(title)
+        columns.append(values)
+    return markdown(head, list(zip(*columns)))
 
 
 def parse_bench(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments. InputError for what cannot be measured."""
-    p = Parser(
+    parser = Parser(
         prog="python -m paper.bench", description="Time, memory and throughput on this machine"
     )
-    which = p.add_subparsers(dest="what", required=True)
-    subs = {name: which.add_parser(name) for name in ("block", "network", "loader")}
-    subs["block"].add_argument(
-        "--grow", action="store_true", help="N = 576 ... 36864 instead of 8192 and 32768"
-    )
-    add = subs["network"].add_argument
-    add("--backbone", choices=list(dnl.LAYOUTS), default="resnet101")
-    add("--channels", type=int, default=CHANNELS, help="of F")
-    add("--size", type=int, nargs=2, default=[256, 256], metavar=("H", "W"))
-    add("--batch", type=int, default=2)
-    add("--classes", type=int, default=CLASSES)
-    add("--amp", choices=["auto", *AMP], default="auto", help="precision")
-    subs["loader"].add_argument("--images", type=int, default=8)
-    subs["loader"].add_argument("--crop", type=int, default=768)
-    for sub in subs.values():
-        sub.add_argument(
-            "--runs", type=int, default=5, help="repetitions, of which the median is taken"
-        )
-        sub.add_argument("--json", action="store_true", help="one object on the last line")
-    args = p.parse_args(argv)
+    which = parser.add_subparsers(dest="what", required=True)
+    p = which.add_parser("block")
+    p.add_argument("--grow", action="store_true", help="N = 576 ... 36864, not 8192 and 32768")
+    p = which.add_parser("network")
+    p.add_argument("--backbone", choices=list(dnl.LAYOUTS), default="resnet101")
+    p.add_argument("--channels", type=int, default=CHANNELS, help="of F")
+    p.add_argument("--size", type=int, nargs=2, default=[256, 256], metavar=("H", "W"))
+    p.add_argument("--batch", type=int, default=2)
+    p.add_argument("--classes", type=int, default=CLASSES)
+    p.add_argument("--amp", choices=["auto", *AMP], default="auto", help="precision")
+    p = which.add_parser("loader")
+    p.add_argument("--images", type=int, default=8)
+    p.add_argument("--crop", type=int, default=768)
+    for p in which.choices.values():
+        p.add_argument("--runs", type=int, default=5, help="repetitions; a time is their median")
+        p.add_argument("--json", action="store_true", help="one object on the last line")
+    args = parser.parse_args(argv)
     for name, value in vars(args).items():
         if type(value) in (int, list) and np.min(value) < 1:
-            raise data.InputError(f"--{name} {value}: expected 1 or more")
+            raise InputError(f"--{name} {value}: expected 1 or more")
     return args
 
 
@@ -483,10 +366,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         report |= network(config, tuple(args.size), args.batch, amp, args.runs, device)
     else:
         report |= loader(args.images, args.crop, args.runs)
-    print(*(f"{k} {v}" for k, v in report["machine"].items()), sep=" · ")
+    print(" · ".join(f"{key} {value}" for key, value in report["machine"].items()))
     print(bench_table(report["rows"]))
-    print(*(f"{name}: {value:.3f}" for name, value in report["ratios"].items()), sep="\n")
-    print(*(f"{key}: {report[key]}" for key in ("memory", "file_mb") if key in report), sep="\n")
+    for name, value in report["ratios"].items():
+        print(f"{name}: {value:.3f}")
+    for key in ("memory", "file_mb"):
+        if key in report:
+            print(f"{key}: {report[key]}")
     if args.json:
         print(json.dumps(report))
     return 0

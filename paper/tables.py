@@ -1,19 +1,21 @@
 """The paper's Tables II to V, on any machine and any data set.
 
-    python -m paper.tables complexity                                        # Table V: FLOPs, parameters, memory, time
-    python -m paper.tables ablation --out runs/ablation --seeds 0 1 2 --jobs 4 -- --data cityscapes --root DIR ...
-    python -m paper.tables compare --out runs/compare --seeds 0 1 2 -- --data cityscapes --root DIR ...
+    python -m paper.tables complexity            # Table V: FLOPs, parameters, memory, time
+    python -m paper.tables ablation --seeds 0 1 2 -- --data cityscapes --root DIR ...  # Table II
+    python -m paper.tables compare --seeds 0 1 2 --jobs 4 -- --data cityscapes --root DIR ...
 
-Table II (ablation) and Tables III and IV (compare) train every method with every seed by train.py, which is handed
-all flags not known here. OUT/METHOD-seedS is a run of train.py, with what it printed in output.txt; OUT/results.jsonl
-has a line for each finished run, OUT/table.md the mean and standard deviation beside the paper's figures. The same
-command again goes on where it was, and repeats nothing that is finished.
+Table II (ablation) and Tables III and IV (compare) train every method with every seed by train.py,
+which gets all flags not known here. OUT/METHOD-seedS is a run of train.py; its output.txt holds
+what train.py printed. OUT/results.jsonl has a line for each finished run, OUT/table.md the mean and
+standard deviation beside the paper's figures. The same command again goes on from there and repeats
+no finished run.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import shlex
 import signal
@@ -24,144 +26,39 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import recipe
 from data import open_dataset
-from dnl import DenoisedNonLocal, denoised_maps
-from paper import peers
-from paper.bench import in_turn, markdown, peak_memory
-from runtime import InputError, Parser, run_script, write
-
-# ------------------------------------------------------------------------------------------------ Table V: complexity
-
-CHANNELS, CLASSES, SIDE = 512, 19, 48  # of the block's input for a 768x768 image, at stride 16
-
-
-class MapRoute(DenoisedNonLocal):
-    """Denoised NL as Section III tells it: A, A' and A'' as whole N x N maps. The same F' as DenoisedNonLocal."""
-
-    def forward(self, f: Tensor, p: Tensor | None = None) -> Tensor:
-        q, k, v, p = self.inputs(f, p)
-        a = denoised_maps(q, k, p, tuple(f.shape[2:]), self.kernel)[2]  # A'', (B, N, N)
-        return self.gamma * torch.bmm(v, a.transpose(1, 2)).view_as(f) + f
-
-
-# name, module, whether P is handed to it (the network's classifier is not counted), the paper's GFLOPs and memory (M)
-BLOCKS: tuple[tuple[str, Callable[[], nn.Module], bool, float | None, int | None], ...] = (
-    ("NL", partial(peers.nl, CHANNELS, CLASSES), False, 7.63, 407),
-    ("CCNet, R = 1", partial(peers.ccnet, CHANNELS, CLASSES, recurrence=1), False, 1.77, 52),
-    ("CCNet, R = 2", partial(peers.ccnet, CHANNELS, CLASSES), False, None, None),
-    ("DANet", partial(peers.danet, CHANNELS, CLASSES), False, 10.04, 570),
-    ("DRANet*", partial(peers.dranet, CHANNELS, CLASSES), False, 0.76, 30),
-    ("Denoised NL, map route, P given", partial(MapRoute, CHANNELS, 0), True, 7.83, 428),
-    ("Denoised NL, value route, P given", partial(DenoisedNonLocal, CHANNELS, 0), True, 7.83, 428),
-    (
-        "Denoised NL, value route, own P",
-        partial(DenoisedNonLocal, CHANNELS, CLASSES),
-        False,
-        7.83,
-        428,
-    ),
-    ("OCNet", partial(peers.ocnet, CHANNELS, CLASSES), False, None, None),
-    ("PPM", partial(peers.ppm, CHANNELS, CLASSES), False, None, None),
-    ("ASPP", partial(peers.aspp, CHANNELS, CLASSES), False, None, None),
+from paper.complexity import complexity, complexity_table
+from paper.measure import markdown
+from runtime import (
+    InputError,
+    Parser,
+    open_lock,
+    print_line,
+    print_progress,
+    quote,
+    run_script,
+    write,
 )
 
-
-def ready(
-    make: Callable[[], nn.Module], given: bool, device: torch.device
-) -> tuple[nn.Module, list[Tensor]]:
-    """The block in eval mode, and its inputs: F (1, 512, 48, 48) and, where it is given, P (1, 19, 48, 48)."""
-    with device:
-        return make().eval(), [
-            torch.randn(1, c, SIDE, SIDE) for c in ([CHANNELS, CLASSES] if given else [CHANNELS])
-        ]
-
-
-@torch.no_grad()
-def count(make: Callable[[], nn.Module], given: bool) -> tuple[float, int]:
-    """GFLOPs of a forward (2 a multiply-add, convolutions and matrix products) and parameters, from shapes alone."""
-    block, inputs = ready(make, given, torch.device("meta"))
-    with FlopCounterMode(display=False) as flops:
-        block(*inputs)
-    return flops.get_total_flops() / 1e9, sum(p.numel() for p in block.parameters())
-
-
-@torch.no_grad()
-def complexity(device: torch.device) -> dict[str, Any]:
-    """Table V: {"mode": how it is measured, "rows": [{"method", "gflops", "parameters", "memory" (MiB), "time" (ms),
-    "paper_gflops", "paper_memory"}]}."""
-    where = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads"
-    )
-    mode = (
-        f"The block alone on one input {CHANNELS}x{SIDE}x{SIDE} (a 768x768 image at stride 16), {CLASSES} classes, "
-        f"forward in eval mode without gradient, fp32, {where}. GFLOPs: 2 a multiply-add, convolutions and matrix "
-        "products. MiB: peak of allocations over the input and the parameters. ms: median of 10, in turn. P given: "
-        "without the 1x1 convolution that predicts P. The paper states neither mode nor unit of its memory (M)."
-    )
-    runs, rows = {}, []
-    for name, make, given, *_ in BLOCKS:
-        block, inputs = ready(make, given, device)
-        runs[name] = partial(block, *inputs)
-    times = in_turn(
-        runs, 10, device
-    )  # before the memory: it also lets libraries take their workspaces
-    for name, make, given, paper_gflops, paper_memory in BLOCKS:
-        gflops, parameters = count(make, given)
-        peak, _ = peak_memory(lambda: [runs[name]()], device)
-        rows.append(
-            {
-                "method": name,
-                "gflops": gflops,
-                "parameters": parameters,
-                "memory": peak / 2**20,
-                "time": 1000 * times[name],
-                "paper_gflops": paper_gflops,
-                "paper_memory": paper_memory,
-            }
-        )
-    return {"mode": mode, "rows": rows}
-
-
-def complexity_table(result: dict[str, Any]) -> str:
-    """What `complexity` gives, as Markdown."""
-    rows = [
-        [
-            r["method"],
-            f"{r['gflops']:.2f}",
-            r["paper_gflops"] or "",
-            f"{r['parameters']:,}",
-            f"{r['memory']:.1f}",
-            r["paper_memory"] or "",
-            f"{r['time']:.1f}",
-        ]
-        for r in result["rows"]
-    ]
-    return f"{markdown(['Method', 'GFLOPs', 'paper', 'Parameters', 'MiB', 'paper, M', 'ms'], rows)}\n\n{result['mode']}"
-
-
-# ------------------------------------------------------------------------------------ Tables II to IV: training runs
+TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
 
 @dataclass(frozen=True)
 class Method:
-    """A row: its label, the flags of train.py that make it, the paper's mIoU (Cityscapes val, R-50 and R-101)."""
+    """A row: its label and the flags of train.py that make it."""
 
     label: str
     flags: tuple[str, ...]
-    paper: tuple[float, float]
+    paper: tuple[float, float]  # mIoU in percent on Cityscapes val, of each of BACKBONES
 
 
+BACKBONES = {"resnet50": "R-50", "resnet101": "R-101"}
 METHODS = {  # by the name of the run's folder; Tables II, III and IV
     "none": Method("Baseline", ("--context", "none"), (76.7, 77.9)),
     "nl": Method("NL", ("--context", "nl"), (79.5, 80.6)),
@@ -179,7 +76,8 @@ TABLES = {
     "ablation": ("none", "nl", "gr", "lr", "dnl"),
     "compare": ("none", "ppm", "aspp", "nl", "ocnet", "ccnet", "danet", "dranet", "dnl"),
 }
-TRAIN = Path(__file__).resolve().parent.parent / "train.py"
+
+# ---- one run
 
 
 @dataclass(frozen=True)
@@ -193,95 +91,118 @@ class Cell:
     settings: dict[str, Any]
 
     def log(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """The settings and the epochs of log.jsonl, none before the first epoch's end. InputError: another file of that name."""
+        """The settings and the epochs of log.jsonl; none before the end of the first epoch.
+
+        InputError: another file of that name.
+        """
         path = self.out / "log.jsonl"
         if not path.exists():
             return {}, []
         try:
             first, *epochs = map(json.loads, path.read_text().splitlines())
-            if type(first["settings"]["epochs"]) is not int or not all(
-                type(e["epoch"]) is int and (e["miou"] is None or 0 <= e["miou"] <= 1)
-                for e in epochs
-            ):
+            settings = first["settings"]
+            if type(settings["epochs"]) is not int or not all(map(is_epoch, epochs)):
                 raise ValueError("other values than train.py writes")
-            return first["settings"], epochs
         except (ValueError, KeyError, TypeError, RecursionError) as e:
             raise InputError(
-                f"{path}: not the log of a run ({e}): remove its folder, or choose another --out"
+                f"{quote(path)}: not the log of a run ({e}): remove its folder, or choose another "
+                "--out"
             ) from None
+        return settings, epochs
 
     def epoch(self) -> int:
         """Epochs that are done."""
-        epochs = self.log()[1]
-        return epochs[-1]["epoch"] if epochs else 0
+        _, epochs = self.log()
+        return max((e["epoch"] for e in epochs), default=0)
 
     def result(self) -> dict[str, Any] | None:
-        """The line of results.jsonl, None while unfinished. miou: of the last epoch; best: the highest of all epochs.
+        """The line of results.jsonl; None while unfinished.
 
-        InputError where the finished run is of other settings than this cell's.
+        miou: of the last epoch; best: the highest of all epochs. InputError if the finished run has
+        other settings than this cell.
         """
         was, epochs = self.log()
         if not epochs or epochs[-1]["epoch"] < was["epochs"] or epochs[-1]["miou"] is None:
             return None
-        differ = [
-            f"{k} {was[k]} -> {v}" for k, v in self.settings.items() if k in was and was[k] != v
-        ]
+        differ = []
+        for key, value in self.settings.items():
+            if key in was and was[key] != value:
+                differ.append(f"{key} {was[key]} -> {value}")
         if differ:
             raise InputError(
-                f"{self.out}: finished with other settings ({'; '.join(differ)}): repeat its flags "
-                "to keep it, or choose another --out"
+                f"{quote(self.out)}: finished with other settings ({'; '.join(differ)}): repeat "
+                "its flags to keep it, or choose another --out"
             )
-        best = max(e["miou"] for e in epochs if e["miou"] is not None)
         return {
             "method": self.name,
             "seed": self.seed,
             "miou": epochs[-1]["miou"],
-            "best": best,
+            "best": max(e["miou"] for e in epochs if e["miou"] is not None),
             "out": str(self.out),
             "settings": was,
         }
 
 
-def cells_of(table: str, out: Path, seeds: Sequence[int], flags: Sequence[str]) -> list[Cell]:
-    """The runs of a table, all methods of a seed before the next seed. flags: of train.py, common to all.
+def is_epoch(line: dict[str, Any]) -> bool:
+    """Whether a line of a log has a whole epoch, and mIoU None or 0..1."""
+    miou = line["miou"]
+    return type(line["epoch"]) is int and (miou is None or 0 <= miou <= 1)
 
-    InputError for flags that train.py does not take, and for those that tell the cells apart.
+
+def cells_of(table: str, out: Path, seeds: Sequence[int], flags: Sequence[str]) -> list[Cell]:
+    """The runs of a table, all methods of a seed before the next seed.
+
+    flags: of train.py, the same for all runs. InputError for flags that train.py does not take, and
+    for those by which the runs differ.
     """
-    parser = recipe.training_parser()
-    own = ("out", "resume", "seed", "context", "no_gr", "no_lr")
-    parser.set_defaults(**dict.fromkeys(own))
-    given = [k for k in own if getattr(parser.parse_args(flags), k) is not None]
-    if given:
-        raise InputError(
-            f"--{given[0].replace('_', '-')} among train.py's flags: the table sets it, leave it out"
-        )
-    cells, common = [], recipe.parse_training(flags, world=1)
+    refuse_own_flags(flags)
+    common = recipe.parse_training(flags, world=1)
     data = open_dataset(common.data, common.root, common.split)
-    weights = (
-        recipe.read_weights(common.class_weights, data.classes) if common.class_weights else None
-    )
+    weights = recipe.read_weights(common.class_weights, data.classes)
+    cells = []
     for seed in dict.fromkeys(seeds):
         for name in TABLES[table]:
             folder = out / f"{name}-seed{seed}"
-            argv = (*flags, *METHODS[name].flags, "--seed", str(seed), "--out", str(folder))
-            settings = recipe.settings_of(recipe.parse_training(argv, world=1), data, weights)
-            if settings["amp"] == "auto":  # chosen by the machine
+            own = ("--seed", str(seed), "--out", str(folder))
+            argv = (*flags, *METHODS[name].flags, *own)
+            args = recipe.parse_training(argv, world=1)
+            settings = recipe.settings_of(args, data, weights)
+            if settings["amp"] == "auto":  # the machine chooses
                 del settings["amp"]
             cells.append(Cell(name, seed, folder, argv, settings))
     return cells
 
 
+def refuse_own_flags(flags: Sequence[str]) -> None:
+    """InputError for a flag of train.py that the table sets."""
+    own = ("out", "resume", "seed", "context", "no_gr", "no_lr")
+    parser = recipe.training_parser()
+    parser.set_defaults(**dict.fromkeys(own))
+    args = parser.parse_args(flags)
+    for name in own:
+        if getattr(args, name) is not None:
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag} among train.py's flags: the table sets it, leave it out")
+
+
+# ---- all runs
+
+
 def start(cell: Cell, slot: int, jobs: int, script: Path, lock: int) -> subprocess.Popen:
-    """train.py for a cell, on a GPU in turn where there are several. It holds the table's lock while it lives."""
+    """Start train.py for a cell. If there are several GPUs, each slot has one.
+
+    The run holds the table's lock while it lives.
+    """
     env = os.environ.copy()
     visible = env.get("CUDA_VISIBLE_DEVICES")
-    gpus = (
-        visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-    )  # no context
+    gpus = [str(i) for i in range(torch.cuda.device_count())]  # makes no CUDA context
+    if visible:
+        gpus = visible.split(",")
     if len(gpus) > 1:
         env["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
-    if jobs > 1:  # or each takes all the cores
-        env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    if jobs > 1:  # otherwise each run takes all cores
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+        env.setdefault("OMP_NUM_THREADS", str(threads))
     cell.out.mkdir(parents=True, exist_ok=True)
     with open(cell.out / "output.txt", "a") as output:
         return subprocess.Popen(
@@ -296,64 +217,70 @@ def start(cell: Cell, slot: int, jobs: int, script: Path, lock: int) -> subproce
 
 @contextmanager
 def locked(out: Path) -> Iterator[int]:
-    """OUT for this command alone, or InputError; runs that outlive a killed command hold it too. The lock's file."""
+    """Lock OUT and yield the lock's file number. InputError if another command has it.
+
+    Runs that outlive a killed command hold it too.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w") as file:
+    with open_lock(out / ".lock") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(
-                f"{out}: another command, or a run it left, is at work there: wait or stop it"
+                f"{quote(out)}: another command, or a run it left, works there: wait or stop it"
             ) from None
         yield file.fileno()
 
 
 @contextmanager
-def children() -> Iterator[dict[subprocess.Popen, Any]]:
-    """Processes, and what goes with each. Those left at Ctrl-C or SIGTERM are told to save and stop, and waited for."""
+def children() -> Iterator[dict[subprocess.Popen, tuple[Cell, int]]]:
+    """Running processes, with the cell and the slot of each.
 
-    def interrupt(number: int, frame: Any) -> None:
+    At Ctrl-C or SIGTERM they are told to save and stop, and waited for.
+    """
+
+    def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    running: dict[subprocess.Popen, Any] = {}
+    running: dict[subprocess.Popen, tuple[Cell, int]] = {}
     old = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield running
     finally:
         try:
-            for wait in (False, True):
-                for child in running:
-                    child.wait() if wait else child.terminate()
-        except KeyboardInterrupt:  # a second time: they may be in the middle of a long validation
+            for child in running:
+                child.terminate()
+            for child in running:
+                child.wait()
+        except KeyboardInterrupt:  # a second time; a run may be in a long validation
             for child in running:
                 child.kill()
         signal.signal(signal.SIGTERM, old)
 
 
-def report(cell: Cell, status: int) -> bool:
-    """Say how a run ended, with the tail of its output where it failed. True where it is finished."""
+def print_outcome(cell: Cell, status: int) -> bool:
+    """Print how a run ended, and the end of its output if it failed. Whether it is finished."""
     result = None if status else cell.result()
     if result:
-        print(f"{cell.out}: mIoU {result['miou']:.4f}", flush=True)
-    else:
-        tail = (cell.out / "output.txt").read_text(errors="replace").splitlines()[-20:]
-        print(
-            f"{cell.out}: failed, exit status {status}; the others go on. The end of its output:",
-            *tail,
-            sep="\n    ",
-            file=sys.stderr,
-            flush=True,
-        )
-    return result is not None
+        print_line(f"{cell.out}: mIoU {100 * result['miou']:.2f} %")
+        return True
+    output = (cell.out / "output.txt").read_text(errors="replace")
+    text = f"{cell.out}: failed, exit status {status}; the others go on. The end of its output:"
+    print_line("\n    ".join([text, *output.splitlines()[-20:]]), error=True)
+    return False
 
 
 def run_cells(
     cells: Sequence[Cell], jobs: int, lock: int, ended: Callable[[], None], script: Path
 ) -> list[Cell]:
-    """Train the unfinished cells, `jobs` at a time; `ended` is called after each. Returns those that failed."""
-    waiting, slots, failed = [c for c in cells if c.result() is None], list(range(jobs)), []
-    before, began, shown = {c.out: c.epoch() for c in cells}, time.monotonic(), float("-inf")
-    print(f"{len(cells) - len(waiting)} of {len(cells)} runs are finished", flush=True)
+    """Train the unfinished cells, `jobs` at a time. Call `ended` after each. Returns the failed."""
+    waiting = [c for c in cells if c.result() is None]
+    slots = list(range(jobs))
+    failed: list[Cell] = []
+    before = {c.out: c.epoch() for c in cells}
+    began = time.monotonic()
+    shown = -math.inf
+    print_line(f"{len(cells) - len(waiting)} of {len(cells)} runs are finished")
     with children() as running:
         while waiting or running:
             while waiting and slots:
@@ -363,56 +290,73 @@ def run_cells(
             for child in [c for c in running if c.poll() is not None]:
                 cell, slot = running.pop(child)
                 slots.append(slot)
-                failed += [] if report(cell, child.returncode) else [cell]
+                if not print_outcome(cell, child.returncode):
+                    failed.append(cell)
                 ended()
-                shown = float("-inf")
+                shown = -math.inf
             if time.monotonic() - shown > 60:
                 shown = time.monotonic()
-                print(
-                    progress([c for c in cells if c not in failed], before, shown - began),
-                    flush=True,
-                )
+                going = [c for c in cells if c not in failed]
+                line = progress_line(going, before, shown - began)
+                print_progress(line, last=not running, log=True)
     return failed
 
 
-def progress(cells: Sequence[Cell], before: Mapping[Path, int], seconds: float) -> str:
-    """Epochs of all cells, and the time left at the pace of these `seconds`, at whose start `before` were done."""
-    done, total = sum(map(Cell.epoch, cells)), sum(c.settings["epochs"] for c in cells)
+def progress_line(cells: Sequence[Cell], before: Mapping[Path, int], seconds: float) -> str:
+    """Epochs of all cells, and the time left at the pace of these `seconds`.
+
+    before: the epochs that were done at their start.
+    """
+    done = sum(c.epoch() for c in cells)
+    total = sum(c.settings["epochs"] for c in cells)
     new = done - sum(before[c.out] for c in cells)
-    if not new:
-        return f"epoch {done}/{total} of all runs"
-    left = int(seconds * (total - done) / new)
-    return (
-        f"epoch {done}/{total} of all runs, left {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
-    )
+    line = f"epoch {done}/{total} of all runs"
+    if new:
+        left = int(seconds * (total - done) / new)
+        line += f", left {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+    return line
+
+
+# ---- the table
 
 
 def score_table(cells: Sequence[Cell], command: str) -> str:
-    """Mean and sample standard deviation over the seeds of each method beside the paper's figures, as Markdown."""
+    """Mean and sample standard deviation of each method beside the paper's figures, as Markdown."""
     s = cells[0].settings
-    which = {"resnet50": (0,), "resnet101": (1,)}.get(s["backbone"], (0, 1))
+    which = list(BACKBONES)
+    if s["backbone"] in which:
+        which = [s["backbone"]]
     rows = []
     for name in dict.fromkeys(c.name for c in cells):
-        results = [r for c in cells if c.name == name and (r := c.result())]
-        last, best = ([100 * r[k] for r in results] for k in ("miou", "best"))
-        rows.append(
-            [
-                METHODS[name].label,
-                len(last),
-                f"{statistics.mean(last):.2f}" if last else "",
-                f"{statistics.stdev(last):.2f}" if len(last) > 1 else "",
-                f"{statistics.mean(best):.2f}" if best else "",
-                " / ".join(str(METHODS[name].paper[i]) for i in which),
-            ]
-        )
-    paper = "paper " + " / ".join(("R-50", "R-101")[i] for i in which)
+        results = results_of([c for c in cells if c.name == name])
+        last = [100 * r["miou"] for r in results]
+        best = [100 * r["best"] for r in results]
+        paper = dict(zip(BACKBONES, METHODS[name].paper))
+        row = [
+            METHODS[name].label,
+            len(last),
+            f"{statistics.mean(last):.2f}" if last else "",
+            f"{statistics.stdev(last):.2f}" if len(last) > 1 else "",
+            f"{statistics.mean(best):.2f}" if best else "",
+            " / ".join(str(paper[backbone]) for backbone in which),
+        ]
+        rows.append(row)
+    head = "paper " + " / ".join(BACKBONES[backbone] for backbone in which)
+    header = ("Method", "runs", "mIoU, %", "deviation", "best epoch", head)
     return (
-        f"{markdown(['Method', 'runs', 'mIoU, %', 'deviation', 'best epoch', paper], rows)}\n\n"
-        f"mIoU of the last epoch on the validation split of {s['data']}, mean and sample standard deviation over "
-        "the seeds. Best epoch: mean of each run's best, which is chosen on the split that it is measured on. "
-        f"{s['backbone']}, preset {s['preset']}, epochs {s['epochs']}, crop {s['crop']}, batch {s['batch']}. "
-        f"The paper's: Cityscapes val, epochs 240, crop 768, batch 8.\n\n    {command}\n"
+        f"{markdown(header, rows)}\n\n"
+        f"mIoU of the last epoch on the validation split of {s['data']}, mean and sample standard "
+        "deviation over the seeds. Best epoch: mean of each run's best, which is chosen on the "
+        f"split that it is measured on. {s['backbone']}, preset {s['preset']}, epochs "
+        f"{s['epochs']}, crop {s['crop']}, batch {s['batch']}. The paper's: Cityscapes val, epochs "
+        f"240, crop 768, batch 8.\n\n    {command}\n"
     )
+
+
+def results_of(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """The results of the finished cells."""
+    results = [cell.result() for cell in cells]
+    return [r for r in results if r is not None]
 
 
 def run_table(
@@ -423,21 +367,30 @@ def run_table(
     flags: Sequence[str],
     script: Path = TRAIN,
 ) -> int:
-    """Train a table's cells; after each, write OUT/results.jsonl and OUT/table.md. 1 where a cell failed, else 0."""
+    """Train a table's cells; after each, write OUT/results.jsonl and OUT/table.md.
+
+    Returns 1 if a cell failed, else 0.
+    """
     cells = cells_of(table, out, seeds, flags)
     own = (table, "--out", str(out), "--seeds", *map(str, seeds))
     command = shlex.join(["python", "-m", "paper.tables", *own, "--", *flags])
 
-    def report_all() -> None:
-        lines = "".join(json.dumps(r) + "\n" for c in cells if (r := c.result()))
+    def write_results() -> None:
+        lines = "".join(json.dumps(r) + "\n" for r in results_of(cells))
         write(out / "results.jsonl", lambda f: f.write(lines.encode()))
-        write(out / "table.md", lambda f: f.write(score_table(cells, command).encode()))
+        text = score_table(cells, command)
+        write(out / "table.md", lambda f: f.write(text.encode()))
 
     with locked(out) as lock:
-        report_all()
-        failed = run_cells(cells, jobs, lock, report_all, script)
+        write_results()
+        failed = run_cells(cells, jobs, lock, write_results, script)
     print(score_table(cells, command))
-    return 1 if failed else 0
+    if failed:
+        return 1
+    return 0
+
+
+# ---- the command
 
 
 def tables_parser() -> Parser:
@@ -467,21 +420,25 @@ def tables_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a table, after the runs that it needs. Returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    split = argv.index("--") if "--" in argv else len(argv)
+    if "--" not in argv:
+        argv.append("--")
+    split = argv.index("--")
     args, flags = tables_parser().parse_known_args(argv[:split])
     flags += argv[split + 1 :]
     if args.table == "complexity":
         if flags:
-            raise InputError(f"{flags[0]}: not a flag of complexity, which takes --json alone")
+            raise InputError(f"{flags[0]}: not a flag of complexity, which takes only --json")
         result = complexity(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        print(complexity_table(result), *[json.dumps(result)] * args.json, sep="\n")
+        print(complexity_table(result))
+        if args.json:
+            print(json.dumps(result))
         return 0
     if args.jobs < 1:
         raise InputError(f"--jobs {args.jobs}: expected 1 or more")
     try:
         return run_table(args.table, args.out, args.seeds, args.jobs, flags)
     except KeyboardInterrupt:
-        print(f"stopped; the same command goes on in {args.out}", file=sys.stderr)
+        print_line(f"stopped; the same command goes on in {args.out}", error=True)
         return 128 + signal.SIGINT
 
 

@@ -1,4 +1,4 @@
-"""The pictures: what they show is checked pixel by pixel where it can be, and every figure runs end to end."""
+"""What the figures show, pixel by pixel if possible; every figure runs end to end."""
 
 import json
 
@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 
 import classes
-import runtime
 import synthetic
-from paper import figures
+from paper import curves, figures
 from paper.test_noise import checkpoint
+from runtime import InputError
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +75,12 @@ def test_region_colours_the_mask_only():
     ],
 )
 def test_ticks(low, high, about, expected):
-    assert figures.ticks(low, high, about) == expected
+    assert curves.ticks(low, high, about) == expected
 
 
 def test_panel_places_points():
     """The lowest value is 5 % of the range above the axis, epoch x_end at its right end."""
-    out = np.asarray(figures.panel("t", [[(0, 2.0), (10, 4.0)]], [(255, 0, 0)], 10, (620, 610)))
+    out = np.asarray(curves.panel("t", [[(0, 2.0), (10, 4.0)]], [(255, 0, 0)], 10, (620, 610)))
     y, x = np.nonzero((out == (255, 0, 0)).all(2))
     assert abs(x.min() - 85) <= 1 and abs(x.max() - 595) <= 1  # 90 and 590, dots of radius 5
     assert (
@@ -98,9 +98,8 @@ def test_boxed_draws_white_at_the_scaled_place():
     out = np.asarray(figures.boxed(Image.new("RGB", (50, 40), "gray"), [(10, 5, 20)], 100))
     y, x = np.nonzero((out == 255).all(2))
     assert out.shape == (80, 100, 3) and (x.min(), x.max(), y.min(), y.max()) == (20, 60, 10, 50)
-    edge = np.asarray(
-        figures.boxed(Image.new("RGB", (50, 40), "gray"), [(30, 20, 20)], 50)
-    )  # its lower right corner is the picture's
+    # the lower right corner of the box is the picture's
+    edge = np.asarray(figures.boxed(Image.new("RGB", (50, 40), "gray"), [(30, 20, 20)], 50))
     assert (edge[-1, 35] == 255).all() and (edge[35, -1] == 255).all()
     assert (out[30, 30] == 128).all() and not (
         np.asarray(figures.boxed(Image.new("RGB", (50, 40)), [], 100)) == 255
@@ -109,38 +108,20 @@ def test_boxed_draws_white_at_the_scaled_place():
 
 def test_every_figure_runs(made, monkeypatch):
     monkeypatch.setitem(synthetic.SIZES, "val", 3)
-    out = run(
-        "attention",
-        made / "dnl.pt",
-        made / "photo.png",
-        "--pixel",
-        "3,4",
-        "80,60",
-        "--out",
-        made / "new" / "a.png",
-    )
+    pixels = ("--pixel", "3,4", "80,60")
+    out = made / "new" / "a.png"
+    out = run("attention", made / "dnl.pt", made / "photo.png", *pixels, "--out", out)
     assert abs(out.width - 900) <= 5
     twice = [
         np.asarray(run("attention", made / "nl.pt", made / "photo.png", "--out", made / f"{i}.png"))
         for i in (1, 2)
     ]
     assert np.array_equal(*twice)
-    compared = run(
-        "compare",
-        made / "dnl.pt",
-        made / "nl.pt",
-        "--names",
-        "A",
-        "B",
-        "--images",
-        "0",
-        "2",
-        "--out",
-        made / "c.png",
-    )
-    truth = Image.fromarray(
-        np.array(classes.palette(8), np.uint8)[synthetic.scene("val", 2)[1]]
-    ).resize((217, 174), 0)
+    flags = ("--names", "A", "B", "--images", "0", "2")
+    compared = run("compare", made / "dnl.pt", made / "nl.pt", *flags, "--out", made / "c.png")
+    _, label = synthetic.scene("val", 2)
+    colors = np.array(classes.palette(8), np.uint8)
+    truth = Image.fromarray(colors[label]).resize((217, 174), 0)
     cell = np.asarray(compared)[22 + 180 :, 6 + 3 * 223 :][:174, :217]  # second row, fourth column
     assert (cell == np.asarray(truth)).all(2).mean() > 0.8  # all but the boxes' lines
     out = run(
@@ -152,21 +133,17 @@ def test_every_figure_runs(made, monkeypatch):
 def test_curves(tmp_path):
     for name, n in (("a", 5), ("b", 1)):
         (tmp_path / name).mkdir()
-        lines = [
-            {"settings": {}},
-            *(
-                {"epoch": e + 1, "loss": 2 / (e + 1), "miou": None if e % 2 else 0.1 * e}
-                for e in range(n)
-            ),
-        ]
+        lines = [{"settings": {}}]
+        for e in range(n):
+            miou = None if e % 2 else 0.1 * e
+            lines.append({"epoch": e + 1, "loss": 2 / (e + 1), "miou": miou})
         (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     out = np.asarray(
         run("curves", tmp_path / "a", tmp_path / "b" / "log.jsonl", "--out", tmp_path / "c.png")
     )
     for color in classes.palette(2):
-        assert (
-            np.abs(out.astype(int) - color).sum(2) < 12
-        ).sum() > 100  # its legend and its points
+        distance = np.abs(out.astype(int) - color).sum(2)
+        assert (distance < 12).sum() > 100  # the run's legend and its points
 
 
 EDITED = (
@@ -217,6 +194,6 @@ def test_wrong_input_is_one_clear_line(made, monkeypatch, argv, message):
         *((f"edited{i}", line) for i, line in enumerate(EDITED)),
     ):
         (made / f"{name}.jsonl").write_text(line + "\n")
-    with pytest.raises(runtime.InputError, match=message) as error:
+    with pytest.raises(InputError, match=message) as error:
         figures.main(argv)
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""The noise measures on made-up maps with known answers, against double loops, and through a whole tiny checkpoint."""
+"""The noise of made-up maps with known answers, of loops, and of a whole tiny checkpoint."""
 
 import json
 import math
@@ -11,14 +11,17 @@ import torch
 import classes
 import data
 import dnl
-import runtime
 import synthetic
 from checkpoint import VERSION
 from paper import noise
+from runtime import InputError
 
 
 def checkpoint(path, **changes):
-    """A file as train.py writes it, of a small network with drawn weights, logits large enough for uneven maps."""
+    """Write a checkpoint as train.py does, of a small network with random weights.
+
+    The weights of its context are so large that the maps are uneven.
+    """
     torch.manual_seed(3)
     config = replace(dnl.PAPER, num_classes=8, backbone="resnet18", channels=16, **changes)
     net = dnl.build(config)
@@ -43,9 +46,9 @@ def checkpoint(path, **changes):
 
 def loops(row, label, c):
     """DESIGN section 6 by loops over the pixels: (inter, intra), None where undefined."""
-    known = [(float(a), int(l)) for a, l in zip(row, label) if l != 255]
-    total, own = sum(a for a, _ in known), [a for a, l in known if l == c]
-    inter = sum(a for a, l in known if l != c) / total if total else None
+    known = [(float(a), int(i)) for a, i in zip(row, label) if i != 255]
+    total, own = sum(a for a, _ in known), [a for a, i in known if i == c]
+    inter = sum(a for a, i in known if i != c) / total if total else None
     if len(own) < 2 or not sum(own):
         return inter, None
     entropy = -sum(a / sum(own) * math.log(a / sum(own)) for a in own if a)
@@ -63,9 +66,9 @@ LABEL = torch.tensor([0, 0, 0, 1, 1, 2, 255, 0])
         ([0, 0, 5, 0, 0, 0, 0, 0], 0, 1),  # one pixel
         ([0, 0, 0, 0.5, 0.2, 0.3, 0, 0], 1, None),  # all mass outside
         ([2, 2, 0, 1, 0, 0, 0, 0], 1 / 5, 1 / 2),  # two of four pixels: log 2 / log 4
-        ([0, 0, 0, 0, 0, 0, 1, 0], None, None),
+        ([0, 0, 0, 0, 0, 0, 1, 0], None, None),  # nothing on a known pixel
     ],
-)  # nothing on a known pixel
+)
 def test_made_up_maps(row, inter, intra):
     rows, classes = torch.tensor([row], dtype=torch.float64), torch.tensor([0])
     for value, expected in (
@@ -124,7 +127,12 @@ def test_queries_are_even_over_classes():
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, dict(p_from="res3", deep_stem=True, aux_conv=True), dict(context="nl"), dict(lr=False)],
+    [
+        {},
+        {"p_from": "res3", "deep_stem": True, "aux_conv": True},
+        {"context": "nl"},
+        {"lr": False},
+    ],
 )
 def test_whole_checkpoint_against_loops(tmp_path, monkeypatch, capsys, changes):
     monkeypatch.setitem(synthetic.SIZES, "val", 2)
@@ -136,9 +144,8 @@ def test_whole_checkpoint_against_loops(tmp_path, monkeypatch, capsys, changes):
         with torch.no_grad():
             f, p = net.features(x)[3:]
             q, k, _, p = net.context.inputs(f, p)
-            maps = dnl.denoised_maps(
-                q, k, p, (8, 10), net.context.kernel
-            )  # of all 80 pixels, more than the 100 asked for
+            # of all 80 pixels, which are fewer than the 100 queries asked for
+            maps = dnl.denoised_maps(q, k, p, (8, 10), net.context.kernel)
         small = [label[round(i * 127 / 7), round(j * 159 / 9)] for i in range(8) for j in range(10)]
         for m, a in enumerate(maps):
             for j, c in enumerate(small):
@@ -179,11 +186,11 @@ def test_sampled_queries_are_a_function_of_the_seed(tmp_path, monkeypatch, capsy
 def test_wrong_input_is_one_clear_line(tmp_path):
     checkpoint(tmp_path / "none.pt", context="none")
     with pytest.raises(
-        runtime.InputError,
+        InputError,
         match=r"none\.pt: context 'none' has no attention maps .* --context dnl or nl",
     ):
         noise.main([str(tmp_path / "none.pt")])
-    with pytest.raises(runtime.InputError, match="--queries must be 1 or more"):
+    with pytest.raises(InputError, match="--queries must be 1 or more"):
         noise.main(["x.pt", "--queries", "0"])
 
 
@@ -193,7 +200,7 @@ def test_an_image_without_a_label_has_no_query(tmp_path, monkeypatch):
         (i, torch.from_numpy(image.transpose(2, 0, 1).copy()), torch.from_numpy(label))
         for i, (image, label) in enumerate(map(synthetic.scene, ("val", "val"), (0, 1)))
     ]
-    options = dict(queries=4, seed=0, device=torch.device("cpu"))
+    options = {"queries": 4, "seed": 0, "device": torch.device("cpu")}
     monkeypatch.setattr(noise, "eval_images", lambda *a: [images[0]])
     alone = noise.measure(net, dataset, **options)
     monkeypatch.setattr(

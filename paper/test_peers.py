@@ -1,6 +1,7 @@
-"""The peers against their formulas in plain loops over pixels (numpy, double), and their costs at C = 512.
+"""The peers against their formulas in plain loops over pixels (numpy, double); costs at C = 512.
 
-A reference takes the module's parameters by name and one image (C, H, W); it shares nothing else with peers.py.
+A reference takes the module's parameters by name and one image (C, H, W); it shares nothing else
+with peers.py.
 """
 
 import dataclasses
@@ -16,15 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import dnl
-import recipe
 from paper import peers
+from recipe import losses
 
 FACTORIES = (peers.nl, peers.ccnet, peers.danet, peers.dranet, peers.ocnet, peers.ppm, peers.aspp)
 ccnet_once = partial(peers.ccnet, recurrence=1)
 
 
 def make(factory, channels=32):
-    """The module in double precision and eval mode, all it holds drawn at random: gamma, BN's statistics too."""
+    """The module in double precision and eval mode, with random parameters and statistics."""
     generator = torch.Generator().manual_seed(5)
     module = factory(channels, 19).double().eval()
     for name, tensor in module.state_dict().items():
@@ -53,7 +54,7 @@ def softmax(logits):
 
 
 def loop_conv(state, x, dilation=1):
-    """Any odd kernel with zero padding, pixel by pixel and tap by tap; a 1-D kernel is one of width 1."""
+    """Any odd kernel with zero padding, pixel by pixel and tap by tap; a 1-D kernel has width 1."""
     weight = state["weight"].reshape(
         *state["weight"].shape[:2], *(state["weight"].shape[2:] * 2)[:2]
     )
@@ -198,11 +199,8 @@ def loop_aspp(state, x):
         (peers.dranet, loop_dranet, (5, 7)),
         (peers.ocnet, loop_ocnet, (5, 7)),
         (peers.ppm, loop_ppm, (5, 7)),
-        (
-            peers.aspp,
-            loop_aspp,
-            (21, 23),
-        ),  # larger than the dilation of 18, so that every tap counts
+        # larger than the dilation of 18, so that every tap counts
+        (peers.aspp, loop_aspp, (21, 23)),
     ],
 )
 def test_agrees_with_loops(factory, reference, size):
@@ -269,9 +267,8 @@ def test_criss_cross_makes_no_whole_map(factory, whole_map):
 @pytest.mark.parametrize("factory", FACTORIES)
 def test_every_parameter_gets_a_gradient(factory):
     fresh = factory(32, 19)
-    fresh(
-        image(2, 32, 5, 7).float()
-    ).square().sum().backward()  # training mode as it starts: what DDP asks for
+    # training mode as it starts: what DDP asks for
+    fresh(image(2, 32, 5, 7).float()).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in fresh.parameters())
     module = make(factory)
     module(image(2, 32, 5, 7)).square().sum().backward()
@@ -337,7 +334,7 @@ def test_runs_under_autocast_with_gradients(factory):
 def test_one_image_in_training_is_one_clear_line(factory):
     module, x = factory(16, 19), torch.randn(1, 16, 5, 7)
     with pytest.raises(
-        ValueError, match="got a training batch of 1 image, expected 2 or more.*--batch"
+        ValueError, match=r"got a training batch of 1 image, expected 2 or more.*--batch"
     ):
         module(x)
     assert module.eval()(x).shape == x.shape
@@ -350,9 +347,8 @@ def test_one_image_in_training_is_one_clear_line(factory):
 def test_dropout_at_the_end_in_training(factory, rate, whole_channels):
     torch.manual_seed(0)
     module = factory(64, 19).train()
-    torch.nn.init.constant_(
-        module.fuse[0][1].bias, 20.0
-    )  # above what batch norm puts out: zeros are dropped ones
+    # far above what batch norm puts out, so that only dropped values are 0
+    torch.nn.init.constant_(module.fuse[0][1].bias, 20.0)
     kept = module(torch.randn(8, 64, 9, 9)) != 0
     channels = kept.flatten(2).float().mean(2)  # (B, C), the share kept of each channel
     assert abs(1 - rate - channels.mean()) < 0.04
@@ -370,9 +366,9 @@ def test_wrong_arguments():
 
 
 def train_each_peer(rank, world, port):
-    """A step of every peer in the network; every parameter has a gradient, and it is the same on both ranks."""
-    torch.set_num_threads(1)
+    """A step of every peer in the network: all parameters have gradients, equal on both ranks."""
     if world > 1:
+        torch.set_num_threads(1)  # a process of its own
         torch.distributed.init_process_group(
             "gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
         )
@@ -387,9 +383,8 @@ def train_each_peer(rank, world, port):
         model = torch.nn.parallel.DistributedDataParallel(net) if world > 1 else net
         torch.manual_seed(rank)
         label = torch.randint(0, 3, (2, 48, 48)).byte()
-        recipe.losses(
-            model(torch.randn(2, 3, 48, 48), full_size=False), label, float(label.numel() * world)
-        ).sum().backward()
+        outputs = model(torch.randn(2, 3, 48, 48), full_size=False)
+        losses(outputs, label, float(label.numel() * world)).sum().backward()
         total = torch.stack([p.grad.double().norm() for p in net.parameters()]).sum()
         assert total.isfinite() and total > 0, name
         if world > 1:

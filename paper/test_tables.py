@@ -1,4 +1,4 @@
-"""paper/tables.py: the costs of Table V against closed forms, and the runner with a stand-in for train.py."""
+"""The costs of Table V against closed forms, and the runner with a stand-in for train.py."""
 
 import json
 import signal
@@ -12,10 +12,9 @@ import torch
 
 import dnl
 import recipe
-import runtime
 import synthetic
-from paper import tables
-from runtime import InputError
+from paper import complexity, tables
+from runtime import InputError, import_factory
 
 META = torch.device("meta")  # counts, without arithmetic
 
@@ -28,12 +27,15 @@ with open(out / "starts", "a") as f:
     f.write(os.environ.get("CUDA_VISIBLE_DEVICES", "all") + "\\n")
 if (here / "broken").exists() and out.name.startswith((here / "broken").read_text()):
     sys.exit("no such luck")
-lines = log.read_text().splitlines() if log.exists() else [json.dumps({"settings": {"epochs": epochs}})]
+lines = [json.dumps({"settings": {"epochs": epochs}})]
+if log.exists():
+    lines = log.read_text().splitlines()
 for epoch in range(len(lines), epochs + 1):
     time.sleep(float((here / "pace").read_text()))
     with open(out / "epochs", "a") as f:
         f.write(f"{epoch}\\n")
-    lines.append(json.dumps({"epoch": epoch, "miou": (int(value("--seed")) + 5) / 10 + (epoch == 1) / 20}))
+    miou = (int(value("--seed")) + 5) / 10 + (epoch == 1) / 20
+    lines.append(json.dumps({"epoch": epoch, "miou": miou}))
     (out / "part").write_text("\\n".join(lines))
     os.replace(out / "part", log)
 """
@@ -59,14 +61,9 @@ def lines(path):
 
 def made_up(folder, name, seed, mious, epochs=2, **settings):
     """A cell whose log holds these scores."""
-    cell = tables.Cell(
-        name,
-        seed,
-        folder / f"{name}-seed{seed}",
-        (),
-        dict(data="folder", backbone="resnet50", preset="paper", epochs=epochs, crop=64, batch=4)
-        | settings,
-    )
+    usual = {"data": "folder", "backbone": "resnet50", "preset": "paper", "epochs": epochs}
+    settings = usual | {"crop": 64, "batch": 4} | settings
+    cell = tables.Cell(name, seed, folder / f"{name}-seed{seed}", (), settings)
     cell.out.mkdir()
     log = [{"settings": cell.settings}, *({"epoch": i, "miou": m} for i, m in enumerate(mious, 1))]
     (cell.out / "log.jsonl").write_text("\n".join(map(json.dumps, log)) + "\n")
@@ -96,19 +93,18 @@ def test_costs_are_those_of_the_formulas():
         "PPM": (None, 4_982_784, 21.75),
         "ASPP": (None, 4_460_032, 19.93),
     }
-    assert [b[0] for b in tables.BLOCKS] == list(expected)
-    for name, make, given_p, *_ in tables.BLOCKS:
-        flops, parameters, rounded = expected[name]
-        gflops, got = tables.count(make, given_p)
-        assert (got, round(gflops, 2)) == (parameters, rounded), name
-        assert flops is None or gflops * 1e9 - flops in (
-            (0, s_l) if name.startswith("Denoised") else (0,)
-        ), name
+    assert [block.name for block in complexity.BLOCKS] == list(expected)
+    for block in complexity.BLOCKS:
+        flops, parameters, rounded = expected[block.name]
+        gflops, got = complexity.count_costs(block)
+        assert (got, round(gflops, 2)) == (parameters, rounded), block.name
+        more = (0, s_l) if block.name.startswith("Denoised") else (0,)
+        assert flops is None or gflops * 1e9 - flops in more, block.name
 
 
 def test_map_route_is_the_same_block():
     torch.manual_seed(0)
-    block, maps = dnl.DenoisedNonLocal(16, 5).double(), tables.MapRoute(16, 5).double()
+    block, maps = dnl.DenoisedNonLocal(16, 5).double(), complexity.MapRoute(16, 5).double()
     maps.load_state_dict({k: torch.randn_like(v) for k, v in block.state_dict().items()})
     block.load_state_dict(maps.state_dict())
     x, p = torch.randn(2, 16, 4, 7).double(), torch.randn(2, 5, 4, 7).double()
@@ -117,10 +113,9 @@ def test_map_route_is_the_same_block():
 
 
 def test_complexity_prints_each_block_beside_the_paper(monkeypatch, capsys):
-    monkeypatch.setattr(tables, "SIDE", 6)
-    monkeypatch.setattr(
-        tables, "BLOCKS", [b for b in tables.BLOCKS if b[0] in ("NL", "DANet", "OCNet") or b[2]]
-    )
+    monkeypatch.setattr(complexity, "SIDE", 6)
+    few = [b for b in complexity.BLOCKS if b.given or b.name in ("NL", "DANet", "OCNet")]
+    monkeypatch.setattr(complexity, "BLOCKS", few)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert tables.main(["complexity", "--json"]) == 0
     *text, last = capsys.readouterr().out.splitlines()
@@ -128,7 +123,7 @@ def test_complexity_prints_each_block_beside_the_paper(monkeypatch, capsys):
     N = 6 * 6  # NL's peak: q, k, v, A V and gamma A V; then the sum, A V being gone
     assert rows["NL"]["memory"] * 2**20 == 4 * N * (64 + 64 + 3 * 512)
     assert all(r["time"] > 0 and r["memory"] > 0 for r in rows.values())
-    assert sum(line.startswith("|") for line in text) == 2 + len(tables.BLOCKS)
+    assert sum(line.startswith("|") for line in text) == 2 + len(few)
     assert "eval mode without gradient, fp32, CPU" in text[-1] and "MiB" in text[-1]
 
 
@@ -137,10 +132,8 @@ def test_complexity_prints_each_block_beside_the_paper(monkeypatch, capsys):
 
 def test_mean_and_sample_deviation(tmp_path):
     cells = [made_up(tmp_path, "none", s, [0.9, m]) for s, m in enumerate((0.5, 0.6, 0.7))]
-    cells += [
-        made_up(tmp_path, "dnl", 0, [0.1, 0.25]),
-        made_up(tmp_path, "dnl", 1, [0.8]),
-    ]  # the last is unfinished
+    cells.append(made_up(tmp_path, "dnl", 0, [0.1, 0.25]))
+    cells.append(made_up(tmp_path, "dnl", 1, [0.8]))  # unfinished
     row = {
         line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]]
         for line in tables.score_table(cells, "the command").splitlines()
@@ -175,7 +168,7 @@ def test_rows_are_the_networks_they_name():
         assert (args.seed, args.preset, args.out) == (3, "released", cell.out)
         with META:
             config = recipe.configuration(args, 19)
-            contexts[cell.name] = dnl.build(config, runtime.import_factory(config.context)).context
+            contexts[cell.name] = dnl.build(config, import_factory(config.context)).context
     switches = {
         name: (contexts[name].gr, contexts[name].kernel) for name in ("nl", "gr", "lr", "dnl")
     }
@@ -261,7 +254,7 @@ def test_a_run_without_a_score_has_failed(script, capsys):
 def test_finished_runs_of_other_settings_are_refused(script):
     run(script, epochs=2)
     with pytest.raises(
-        InputError, match="none-seed0: finished with other settings .epochs 2 -> 3.: repeat"
+        InputError, match=r"none-seed0: finished with other settings .epochs 2 -> 3.: repeat"
     ):
         run(script, epochs=3)
 
@@ -343,7 +336,10 @@ def wait_for(condition, seconds=60):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopped_in_the_middle_it_goes_on(script, number):
-    """Some cells are finished and others in the middle when the signal comes; no epoch is done twice after it."""
+    """Some cells are finished and others in the middle when the signal comes.
+
+    No epoch is done twice after it.
+    """
     out = script.parent / "out"
     (script.parent / "pace").write_text("0.3")
     code = (
@@ -385,11 +381,11 @@ def test_one_command_at_a_time_and_none_beside_a_run_left_behind(script, tmp_pat
     (tmp_path / "pace").write_text("60")
     (cell,) = tables.cells_of("ablation", out, [0], ["--epochs", "1"])[:1]
     with tables.locked(out) as lock:
-        with pytest.raises(InputError, match="another command, or a run it left, is at work there"):
+        with pytest.raises(InputError, match="another command, or a run it left, works there"):
             run(script)
         child = tables.start(cell, 0, 1, script, lock)
     try:
-        with pytest.raises(InputError, match="is at work there"):
+        with pytest.raises(InputError, match="a run it left, works there"):
             run(script, epochs=1)
     finally:
         child.kill()

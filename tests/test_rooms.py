@@ -8,29 +8,75 @@ import sys
 import pytest
 from helpers import ROOT, run_python
 
+ROOMS = {  # each file: what it may import of the project; CONTRIBUTING.md tells their concerns
+    "dnl": "",
+    "runtime": "",
+    "synthetic": "",
+    "pictures": "",
+    "classes": "runtime synthetic",
+    "decode": "classes runtime",
+    "cache": "runtime",
+    "data": "cache classes decode runtime synthetic",
+    "check": "classes data decode runtime",
+    "checkpoint": "classes data dnl runtime",
+    "recipe": "data dnl runtime",
+    "attention": "classes data dnl pictures runtime",
+    "page": "attention decode dnl pictures runtime",
+    "evaluate": "checkpoint data dnl runtime",
+    "run": "checkpoint data dnl recipe runtime",
+    "watch": "data evaluate pictures recipe run runtime",
+    "train": "checkpoint data dnl evaluate recipe run runtime watch",
+    "predict": "attention checkpoint classes data decode dnl evaluate page pictures runtime",
+    "hubconf": "checkpoint dnl",
+}
+COMMANDS = {"train", "predict", "check"}  # paper/ may name their paths, and imports none of them
+
+
+def imported(path):
+    """The modules that a file imports, at its top and within functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    return {name.split(".")[0] for name in names}
+
+
+def sources(folder):
+    return [p for p in sorted(folder.glob("*.py")) if not p.name.startswith("test_")]
+
+
+def test_no_room_imports_one_that_its_row_does_not_name():
+    for path in sources(ROOT):
+        assert path.stem in ROOMS, f"{path.name}: give it a row in ROOMS and in CONTRIBUTING.md"
+        ours = imported(path) & {*ROOMS, "paper"}
+        assert ours <= set(ROOMS[path.stem].split()), path.name
+    seen = []
+    for name, row in ROOMS.items():  # no row names a room below it, so there is no circle
+        assert set(row.split()) <= set(seen), name
+        seen.append(name)
+
+
+def test_paper_imports_no_command():
+    for path in sources(ROOT / "paper"):
+        assert not imported(path) & COMMANDS, path.name
+
 
 def test_three_packages_are_all_that_is_needed():
-    """Promise: nothing compiled, no package but those of requirements.txt. Imports within functions count too."""
-    files = [
-        p for p in (*ROOT.glob("*.py"), *ROOT.glob("paper/*.py")) if not p.name.startswith("test_")
-    ]
-    nodes = [node for p in files for node in ast.walk(ast.parse(p.read_text(encoding="utf-8")))]
-    names = {a.name for node in nodes if isinstance(node, ast.Import) for a in node.names}
-    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    """Nothing is compiled, and no package is imported but those of requirements.txt."""
+    files = sources(ROOT) + sources(ROOT / "paper")
     own = {p.stem for p in files} | {"paper"}
-    assert {n.split(".")[0] for n in names} - sys.stdlib_module_names - own == {
+    assert set().union(*map(imported, files)) - sys.stdlib_module_names - own == {
         "torch",
         "numpy",
         "PIL",
     }
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     assert [re.match("[a-z]+", line)[0] for line in lines] == ["torch", "numpy", "pillow", "pytest"]
-    assert not [
-        p
-        for top in (ROOT, ROOT / "paper")
-        for p in top.iterdir()
-        if p.suffix in (".c", ".cpp", ".cu", ".pyx", ".so")
-    ]
+    compiled = (".c", ".cpp", ".cu", ".pyx", ".so")
+    for folder in (ROOT, ROOT / "paper"):
+        assert not [p for p in folder.iterdir() if p.suffix in compiled]
 
 
 @pytest.mark.parametrize(
