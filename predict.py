@@ -2,7 +2,7 @@
 
     python predict.py best.pt photo.jpg folder/        # predictions/NAME.png and NAME_overlay.png
     python predict.py best.pt photo.jpg --confidence --attention 400,300    # x 400, y 300
-    python predict.py best.pt photo.jpg --page         # a page to click in: what attends to what
+    python predict.py best.pt photo.jpg --page    # NAME_attention.html: click a pixel, see its maps
     torchrun --nproc-per-node 8 predict.py best.pt leftImg8bit/test --format cityscapes
 
 NAME is the image's name relative to the given folder. Masks have the size of the upright image
@@ -282,7 +282,7 @@ def parse_prediction(argv: Sequence[str] | None = None) -> argparse.Namespace:
     confidence = "also the probability of the predicted class, white is 1"
     add("--confidence", action="store_true", help=confidence)
     add("--attention", metavar="X,Y", type=pixel_of, help="also the attention maps of this pixel")
-    page = "also a page to click in, the attention maps of any pixel (above 2 megapixels reduced)"
+    page = "also an HTML page with the attention maps of any pixel; large images shrink to 2 megapixels"
     add("--page", action="store_true", help=page)
     label = "with --page and one image: its label file, to measure the attention noise against"
     add("--label", type=Path, metavar="FILE", help=label)
