@@ -282,7 +282,7 @@ def parse_prediction(argv: Sequence[str] | None = None) -> argparse.Namespace:
     confidence = "also the probability of the predicted class, white is 1"
     add("--confidence", action="store_true", help=confidence)
     add("--attention", metavar="X,Y", type=pixel_of, help="also the attention maps of this pixel")
-    page = "also an HTML page with the attention maps of any pixel; large images shrink to 2 megapixels"
+    page = "also a page of the maps of any pixel; an image above 1024x2048 pixels is reduced"
     add("--page", action="store_true", help=page)
     label = "with --page and one image: its label file, to measure the attention noise against"
     add("--label", type=Path, metavar="FILE", help=label)
