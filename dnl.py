@@ -9,10 +9,10 @@ torch alone and only defines names when it is imported: copy it into any project
 Symbols, channel-first, with N = H*W: Q, K (B, C', N), V (B, C, N), P (B, n, N), S_l (B, k*k, N).
 A map A is (B, N, N); row j holds the weights of receiving pixel j.
 
-Two routes lead to A''V. The map route (`denoised_maps`) makes A, A' and A'' as Section III tells
-it, with F.unfold. It defines what is right, and draws pictures of chosen pixels. Networks run the
-value route (`denoised_attention`): LR is linear in A' and its window slides over the keys, so it
-can act on the values instead, A''V = A'V~. Queries then go in chunks: exact, without N x N maps.
+The map route (`denoised_maps`) makes A, A' and A'' as Section III tells it, with F.unfold. It
+defines what is right, and draws pictures of chosen pixels. Networks run the value route
+(`denoised_attention`): LR is linear in A' and its window slides over the keys, so it can act on
+the values instead, A''V = A'V~. Queries then go in chunks: exact, and without N x N maps.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def local_similarity(q: Tensor, k: Tensor, size: Size, kernel: int = 3) -> Tenso
     r = kernel // 2
     q = at_least_fp32(q).unflatten(2, size)  # (B, C', H, W)
     k = F.pad(at_least_fp32(k).unflatten(2, size), (r, r, r, r))
-    logits = [(q * near).sum(1) for near in _windows(k, size, kernel)]
+    logits = [(q * k[near]).sum(1) for near in _windows(size, kernel)]
     return torch.stack(logits, 1).flatten(2).sigmoid()
 
 
@@ -110,12 +110,10 @@ def denoised_attention(
     kernel: int = 3,
     chunk: int | None = None,
 ) -> Tensor:
-    """The value route: A''V (the sum in eq. 3), (B, C, N), memory linear in N. Differentiable once.
-
+    """The value route: A''V (the sum in eq. 3), (B, C, N), memory linear in N. One derivative only.
     q, k (B, C', N), v (B, C, N), p (B, n, N) or None for no GR; kernel 0 for no LR. chunk: query
     pixels at a time, by default as memory allows; it changes the result by rounding only. Logits,
-    softmax and sigmoids are fp32 or better, also under autocast; the product with V~ has v's type.
-    """
+    softmax and sigmoids are fp32 or better, also under autocast; the product has the type of v."""
     if kernel:
         v = spread_values(v, local_similarity(q, k, size, kernel), size, kernel)
     q, k, values = at_least_fp32(q), at_least_fp32(k), v
@@ -148,21 +146,20 @@ def no_autocast(x: Tensor) -> torch.autocast | nullcontext:
     return nullcontext()  # an exported program that holds an autocast block cannot be loaded
 
 
-def _windows(plane: Tensor, size: Size, kernel: int) -> list[Tensor]:
-    """For each offset d, the view of a plane padded by kernel // 2 that has p + d at pixel p."""
+def _windows(size, kernel):
+    """For each offset d: the index of the pixels p + d in a plane padded by kernel // 2."""
     H, W = size
     offsets = product(range(kernel), repeat=2)
-    return [plane[:, :, y : y + H, x : x + W] for y, x in offsets]
+    return [(..., slice(y, y + H), slice(x, x + W)) for y, x in offsets]
 
 
-def _zero_windows(v: Tensor, kernel: int) -> list[Tensor]:
-    """`_windows` of zeros, laid out as v (B, C, H, W): other strides make sums ten times slower."""
+def _zeros_around(v, kernel):
+    """A padded plane of zeros, laid out as v (B, C, H, W): other strides slow sums down tenfold."""
     B, C, H, W = v.shape
     pad = 2 * (kernel // 2)
-    plane = v.new_zeros(B, C, H + pad, W + pad)
     if v.stride(1) == 1:  # channels innermost; F.pad does not see it in a batch of one
-        plane = v.new_zeros(B, H + pad, W + pad, C).permute(0, 3, 1, 2)
-    return _windows(plane, (H, W), kernel)
+        return v.new_zeros(B, H + pad, W + pad, C).permute(0, 3, 1, 2)
+    return v.new_zeros(B, C, H + pad, W + pad)
 
 
 class _Spread(torch.autograd.Function):
@@ -173,23 +170,26 @@ class _Spread(torch.autograd.Function):
         """V (B, C, H, W) and S_l (B, k*k, H, W) -> V~ (B, C, H, W)."""
         ctx.save_for_backward(v, s)
         ctx.kernel = kernel
-        windows = _zero_windows(v, kernel)
-        for d, window in enumerate(windows):
-            window.addcmul_(s[:, d, None], v)
-        return torch.empty_like(v).copy_(windows[len(windows) // 2])  # without the padding
+        windows = _windows(v.shape[2:], kernel)
+        plane = _zeros_around(v, kernel)
+        for d, near in enumerate(windows):
+            plane[near].addcmul_(s[:, d, None], v)
+        middle = windows[kernel**2 // 2]  # without the padding
+        return torch.empty_like(v).copy_(plane[middle])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         """The gradient of V~ -> the gradients of V and S_l, in their shapes."""
         v, s = ctx.saved_tensors
-        windows = _zero_windows(v, ctx.kernel)
-        windows[len(windows) // 2].copy_(grad)
+        windows = _windows(v.shape[2:], ctx.kernel)
+        plane = _zeros_around(v, ctx.kernel)
+        plane[windows[ctx.kernel**2 // 2]] = grad
         grad_v = torch.zeros_like(v)
         grad_s = torch.empty_like(s)
-        for d, window in enumerate(windows):
-            grad_v.addcmul_(s[:, d, None], window)
-            grad_s[:, d] = (v * window).sum(1)
+        for d, near in enumerate(windows):
+            grad_v.addcmul_(s[:, d, None], plane[near])
+            grad_s[:, d] = (v * plane[near]).sum(1)
         return grad_v, grad_s, None
 
 
@@ -202,11 +202,10 @@ class _RectifiedAttention(torch.autograd.Function):
         """Q, K (B, C', N), V (B, C, N), P (B, n, N) or None -> A'V (B, C, N)."""
         ctx.save_for_backward(q, k, v, p)
         ctx.chunk = chunk
-        B, C, N = v.shape
-        out = v.new_empty(B, N, C)
+        out = v.new_empty(v.mT.shape)
         with no_autocast(q):
             buffers = _buffers(q, p, chunk)
-            for start in range(0, N, chunk):
+            for start in range(0, v.shape[2], chunk):
                 rows = slice(start, start + chunk)
                 a, p_class = _chunk_maps(q, k, p, rows, buffers)
                 if p_class is not None:
@@ -263,11 +262,9 @@ def _chunk_maps(q, k, p, rows, buffers):
 # -------------------------------------------------------------------------------------- the block
 class DenoisedNonLocal(nn.Module):
     """F' = gamma A''V + F (eq. 3), a block for any network: (B, channels, H, W) -> the same shape.
-
     Q, K and V are 1x1 convolutions of F without bias. gamma starts at 0, so a fresh block is the
     identity. gr, lr: whether GR and LR are used. GR's P is a 1x1 convolution of F, or any
-    (B, n, H, W) that the caller hands to `forward`; with num_classes 0 the caller has to.
-    """
+    (B, n, H, W) that the caller hands to `forward`; with num_classes 0 the caller has to."""
 
     def __init__(
         self,
@@ -373,11 +370,9 @@ LAYOUTS = {  # block, its expansion, blocks in each layer, torchvision's ImageNe
 
 class ResNet(nn.Module):
     """A ResNet dilated to stride 8: image (B, 3, H, W) -> (res2, res3, X), all about H/8 x W/8.
-
     Parameters have the names of torchvision, or with a deep stem of PyTorch-Encoding's resnet101s,
     without fc. Layer3 has dilation 2; layer4 has 4, or 4, 8, 16 with `multi_grid`. With `recompute`
-    the backward computes each block's activations again, to save memory.
-    """
+    the backward computes each block's activations again, to save memory."""
 
     def __init__(self, name: str, *, deep_stem: bool = False, multi_grid: bool = False) -> None:
         super().__init__()
