@@ -149,8 +149,7 @@ def no_autocast(x: Tensor) -> torch.autocast | nullcontext:
 def _windows(size, kernel):
     """For each offset d: the index of the pixels p + d in a plane padded by kernel // 2."""
     H, W = size
-    offsets = product(range(kernel), repeat=2)
-    return [(..., slice(y, y + H), slice(x, x + W)) for y, x in offsets]
+    return [(..., slice(y, y + H), slice(x, x + W)) for y, x in product(range(kernel), repeat=2)]
 
 
 def _zeros_around(v, kernel):
@@ -174,8 +173,7 @@ class _Spread(torch.autograd.Function):
         plane = _zeros_around(v, kernel)
         for d, near in enumerate(windows):
             plane[near].addcmul_(s[:, d, None], v)
-        middle = windows[kernel**2 // 2]  # without the padding
-        return torch.empty_like(v).copy_(plane[middle])
+        return torch.empty_like(v).copy_(plane[windows[kernel**2 // 2]])  # without the padding
 
     @staticmethod
     @once_differentiable
@@ -508,23 +506,30 @@ class Network(nn.Module):
             self.aux2 = nn.Conv2d(res2, n, 1)
             self.aux3 = nn.Conv2d(res3, n, 1)
 
-    def features(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """res2, res3, X at stride 8, F at stride 16, P at F's size (None if nothing takes it)."""
+    def features(
+        self, image: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
+        """res2, the res3 head's logits (None if unused) and X at stride 8, F at stride 16, and P at
+        F's size (None if nothing takes it)."""
         res2, res3, x = self.backbone(image)
         f = self.down(self.reduce(x))
-        p = None
+        aux3 = p = None
+        if self.training:
+            aux3 = self.aux3(res3)
         if isinstance(self.context, DenoisedNonLocal) and self.context.gr:
             if self.config.p_from == "feature":
                 p = self.context.class_predictions(f)
             else:
-                p = resize(self.aux3(res3), f.shape[2:]).softmax(1)
-        return res2, res3, x, f, p
+                if aux3 is None:  # in training P and the loss share one run of the head
+                    aux3 = self.aux3(res3)
+                p = resize(aux3, f.shape[2:]).softmax(1)
+        return res2, aux3, x, f, p
 
     def forward(self, image: Tensor, full_size: bool = True) -> Tensor | tuple[Tensor, ...]:
         """image (B, 3, H, W), normalised, any size -> logits (B, n, H, W). In training a tuple: the
         logits, the auxiliary ones of res2 and res3, and P if it is supervised (eq. 5). full_size
         False leaves each at its own size (stride 8; P 16): a loss may resize image by image."""
-        res2, res3, x, f, p = self.features(image)
+        res2, aux3, x, f, p = self.features(image)
         f = self.context(f) if p is None else self.context(f, p)
         f = self.refine(resize(f, x.shape[2:]))
         parts = [x, f.to(x.dtype)]  # under autocast gamma has widened f
@@ -532,7 +537,7 @@ class Network(nn.Module):
             parts.append(self.pool(x.mean((2, 3), keepdim=True)).expand(-1, -1, *x.shape[2:]))
         outputs = [self.head(torch.cat(parts, 1))]
         if self.training:
-            outputs += [self.aux2(res2), self.aux3(res3)]
+            outputs += [self.aux2(res2), aux3]
             if self.config.p_supervised:
                 outputs.append(p)
         if full_size:
@@ -575,9 +580,8 @@ def build(config: Config, context: Callable[[int, int], nn.Module] | None = None
 
 # ---------------------------------------------------------------------------------------- weights
 def check_fit(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """ValueError that lists missing, unexpected and misshapen keys, unless `state` fits `module`,
-    which may be on the meta device. `num_batches_tracked` may be missing, as in old files.
-    source: what the error calls the state."""
+    """ValueError with the keys that are missing, unexpected or misshapen, if `state` (in the error:
+    `source`) does not fit `module`. `num_batches_tracked` may be missing, as in old files."""
     own = module.state_dict()
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
     unexpected = [k for k in state if k not in own]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import zlib
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -671,6 +672,43 @@ def test_the_paper_preset_is_fig_3_put_together():
     )
 
 
+@pytest.mark.parametrize("config", [PAPER, RELEASED], ids=["paper", "released"])
+def test_a_training_forward_calls_each_module_once(config):
+    net, calls = build(replace(config, **SMALL)).train(), []
+    for name, module in net.named_modules():
+        module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    net(torch.randn(2, 3, 48, 40))
+    assert sorted(calls) == sorted(name for name, _ in net.named_modules())
+
+
+def test_p_and_the_loss_share_one_run_of_the_res3_head():
+    """Outputs, weights and statistics after a step are those of a forward that runs it once."""
+    torch.manual_seed(0)
+    net = opened(build(replace(RELEASED, **SMALL | {"dropout": 0.0}))).double().train()
+    reference, image = deepcopy(net), torch.randn(2, 3, 48, 40, dtype=torch.double)
+    up = dict(mode="bilinear", align_corners=True)
+    res2, res3, x = reference.backbone(image)
+    f, aux3 = reference.down(reference.reduce(x)), reference.aux3(res3)
+    p = F.interpolate(aux3, f.shape[2:], **up).softmax(1)
+    f = reference.refine(F.interpolate(reference.context(f, p), x.shape[2:], **up))
+    expected = [reference.head(torch.cat([x, f], 1)), reference.aux2(res2), aux3]
+    outputs = net(image, full_size=False)
+    assert gap(outputs, expected) < 1e-12
+    for model, results in ((net, outputs), (reference, expected)):
+        sum(o.square().mean() for o in results).backward()
+        torch.optim.SGD(model.parameters(), lr=1e-2).step()
+    assert gap(net.state_dict().values(), reference.state_dict().values()) < 1e-12
+    assert net.aux3[1].num_batches_tracked == 1
+
+
+def test_p_and_the_res3_output_have_one_dropout_mask():
+    net, handed = build(replace(RELEASED, **SMALL | {"dropout": 0.5})).train(), []
+    net.context.register_forward_pre_hook(lambda _, inputs: handed.append(inputs[1]))
+    aux3 = net(torch.randn(2, 3, 64, 64), full_size=False)[2]
+    up = dict(mode="bilinear", align_corners=True)
+    assert torch.equal(handed[0], F.interpolate(aux3, handed[0].shape[2:], **up).softmax(1))
+
+
 def test_in_training_the_outputs_are_logits_res2_res3_and_p_at_their_own_sizes():
     net = build(replace(PAPER, **SMALL, p_supervised=True)).train()
     outputs = net(torch.randn(2, 3, 64, 48), full_size=False)
@@ -751,13 +789,13 @@ def released_gaps(net, images, stored):
         np.random.default_rng(2026).standard_normal((2, 3, 128, 160)).astype(np.float32)[:images]
     )
     with torch.inference_mode():
-        res2, res3, _, f, _ = net.features(torch.from_numpy(image))
+        res2, aux3, _, f, _ = net.features(torch.from_numpy(image))
         own = {
             k: F.interpolate(o, (128, 160), mode="bilinear", align_corners=True)[:, :, ::16, ::16]
             for k, o in (
                 ("out", net(torch.from_numpy(image))),
                 ("aux1", net.aux2(res2)),
-                ("aux2", net.aux3(res3)),
+                ("aux2", aux3),
             )
         }
     own["f"] = f[:, ::32, ::2, ::2]
