@@ -27,7 +27,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 Size = tuple[int, int]  # (H, W)
@@ -91,8 +90,7 @@ def denoised_maps(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The map route: A, A' and A'' (Fig. 4), each (B, R, N), for the query pixels `queries` (R,),
     all N by default, in the memory of 20 maps. p None: no GR, A' = A. kernel 0: no LR, A'' = A'."""
-    rows = q if queries is None else q[:, :, queries]
-    a = rectified = affinity(rows, k)
+    a = rectified = affinity(q if queries is None else q[:, :, queries], k)
     if p is not None:
         rectified = global_rectify(a, class_affinity(p, queries))
     if not kernel:
@@ -121,8 +119,7 @@ def denoised_attention(
         p = at_least_fp32(p)
     if v.dtype == torch.float16:
         values = at_least_fp32(v)  # attention weights of 1/N underflow in fp16
-    n = q.shape[2]
-    if torch.compiler.is_compiling() and not isinstance(n, int):
+    if torch.compiler.is_compiling() and not isinstance(q.shape[2], int):
         # A loop over an unknown size cannot be exported: all queries are one chunk.
         a = denoised_maps(q, k, p, size, kernel=0)[1]  # A'
         with no_autocast(q):
@@ -130,7 +127,7 @@ def denoised_attention(
     if not chunk:
         # 4 MiB of a map in fp32 stay in a CPU's cache; 128 pixels or more keep products efficient.
         elements = 2**20 if q.device.type == "cpu" else 2**26
-        chunk = max(128, elements // max(1, q.shape[0] * n))
+        chunk = max(128, elements // max(1, q.shape[0] * q.shape[2]))
     return _RectifiedAttention.apply(q, k, values, p, chunk).to(v.dtype)
 
 
@@ -153,12 +150,11 @@ def _windows(size, kernel):
 
 
 def _zeros_around(v, kernel):
-    """A padded plane of zeros, laid out as v (B, C, H, W): other strides slow sums down tenfold."""
+    """Zeros for v (B, C, H, W) and its padding, laid out as v: other layouts are ten times slower."""
     B, C, H, W = v.shape
-    pad = 2 * (kernel // 2)
     if v.stride(1) == 1:  # channels innermost; F.pad does not see it in a batch of one
-        return v.new_zeros(B, H + pad, W + pad, C).permute(0, 3, 1, 2)
-    return v.new_zeros(B, C, H + pad, W + pad)
+        return v.new_zeros(B, H + kernel - 1, W + kernel - 1, C).permute(0, 3, 1, 2)
+    return v.new_zeros(B, C, H + kernel - 1, W + kernel - 1)
 
 
 class _Spread(torch.autograd.Function):
@@ -257,7 +253,6 @@ def _chunk_maps(q, k, p, rows, buffers):
     return a, torch.bmm(p[:, :, rows].mT, p, out=buffers[1]).sigmoid_()
 
 
-# -------------------------------------------------------------------------------------- the block
 class DenoisedNonLocal(nn.Module):
     """F' = gamma A''V + F (eq. 3), a block for any network: (B, channels, H, W) -> the same shape.
     Q, K and V are 1x1 convolutions of F without bias. gamma starts at 0, so a fresh block is the
@@ -277,8 +272,8 @@ class DenoisedNonLocal(nn.Module):
         super().__init__()
         if not lr:
             kernel = 0
-        if kernel and kernel % 2 == 0:
-            raise ValueError(f"kernel {kernel}: LR's window needs an odd size")
+        if kernel and (kernel < 0 or kernel % 2 == 0):
+            raise ValueError(f"kernel {kernel}: LR's window needs an odd size above 0; 0 is no LR")
         key_channels = key_channels or max(1, channels // 8)
         self.gr, self.kernel = gr, kernel
         self.query = nn.Conv2d(channels, key_channels, 1, bias=False)
@@ -288,8 +283,12 @@ class DenoisedNonLocal(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1))
 
     def class_predictions(self, f: Tensor, p: Tensor | None = None) -> Tensor:
-        """P (B, n, H, W): p if it is given, else the block's own 1x1 convolution of F."""
+        """P (B, n, H, W): the given p, if it fits F, else the block's own 1x1 convolution of F."""
         if p is not None:
+            like = p.is_floating_point() and at_least_fp32(p).dtype == at_least_fp32(f).dtype
+            if not like or p[:, :1].shape != f[:, :1].shape:
+                got = f"p {tuple(p.shape)}, {p.dtype}, for F {tuple(f.shape)}, {f.dtype}"
+                raise ValueError(f"{got}: expected (B, n, H, W) with F's B, H, W and type")
             return p
         if self.coarse is None:
             raise ValueError("no num_classes: hand forward the class predictions p (B, n, H, W)")
@@ -426,7 +425,7 @@ def _recomputed(block: nn.Module, x: Tensor) -> Tensor:
     copies: dict[str, Tensor] = {}
 
     def run(x: Tensor) -> Tensor:
-        y = functional_call(block, copies, x)
+        y = torch.func.functional_call(block, copies, x)
         copies.update({name: b.clone() for name, b in block.named_buffers()})
         return y
 
@@ -531,8 +530,7 @@ class Network(nn.Module):
         False leaves each at its own size (stride 8; P 16): a loss may resize image by image."""
         res2, aux3, x, f, p = self.features(image)
         f = self.context(f) if p is None else self.context(f, p)
-        f = self.refine(resize(f, x.shape[2:]))
-        parts = [x, f.to(x.dtype)]  # under autocast gamma has widened f
+        parts = [x, self.refine(resize(f, x.shape[2:])).to(x.dtype)]  # gamma widens in autocast
         if self.pool is not None:
             parts.append(self.pool(x.mean((2, 3), keepdim=True)).expand(-1, -1, *x.shape[2:]))
         outputs = [self.head(torch.cat(parts, 1))]
@@ -578,7 +576,6 @@ def build(config: Config, context: Callable[[int, int], nn.Module] | None = None
     return Network(c, module)
 
 
-# ---------------------------------------------------------------------------------------- weights
 def check_fit(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """ValueError with the keys that are missing, unexpected or misshapen, if `state` (in the error:
     `source`) does not fit `module`. `num_batches_tracked` may be missing, as in old files."""

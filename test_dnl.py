@@ -353,6 +353,43 @@ def test_the_block_takes_the_callers_class_predictions():
         block(f)
 
 
+@pytest.mark.parametrize(
+    "p",
+    [
+        torch.randn(2, 5, 11, 9),  # another size, the same number of pixels
+        torch.randn(1, 5, 9, 11),
+        torch.randn(2, 0, 9, 11),
+        torch.randn(2, 5, 99),
+        torch.randn(2, 5, 9, 11, dtype=torch.double),
+        torch.ones(2, 5, 9, 11, dtype=torch.long),
+    ],
+    ids=["size", "batch", "no class", "flat", "double", "integer"],
+)
+def test_class_predictions_that_do_not_fit_are_named(p):
+    block, f = opened(DenoisedNonLocal(16, 5)), torch.randn(2, 16, 9, 11)
+    got = (
+        f"p {tuple(p.shape)}, {p.dtype}, for F (2, 16, 9, 11), torch.float32: expected (B, n, H, W)"
+    )
+    with pytest.raises(ValueError, match=re.escape(got)):
+        block(f, p)
+
+
+def test_class_predictions_may_be_of_lower_precision():
+    block, f, p = (
+        opened(DenoisedNonLocal(16, 5)),
+        torch.randn(2, 16, 9, 11),
+        torch.randn(2, 5, 9, 11),
+    )
+    assert torch.equal(block(f, p.bfloat16()), block(f, p.bfloat16().float()))
+
+
+@pytest.mark.parametrize("kernel", [-1, -2, 2])
+def test_a_window_needs_an_odd_size(kernel):
+    with pytest.raises(ValueError, match=f"kernel {kernel}: LR's window needs an odd size above 0"):
+        DenoisedNonLocal(16, 5, kernel=kernel)
+    assert DenoisedNonLocal(16, 5, kernel=kernel, lr=False).kernel == 0
+
+
 def test_the_block_compiles_without_a_break():
     block, f = opened(DenoisedNonLocal(16, 5)), torch.randn(2, 16, 6, 7)
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
