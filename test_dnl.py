@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import dnl
-from dnl import DenoisedNonLocal, PAPER, RELEASED, ResNet, build, denoised_attention, denoised_maps
+from dnl import PAPER, RELEASED, DenoisedNonLocal, ResNet, build, denoised_attention, denoised_maps
 
 HERE = Path(__file__).parent
 SMALL = dict(backbone="resnet18", channels=16, num_classes=5)

@@ -29,7 +29,9 @@ def folder(tmp_path):
 
 @pytest.fixture(scope="session")
 def cityscapes(tmp_path_factory):
-    """One image of the real size in each split; the label of train has every label id in columns."""
+    """One image of the real size in each split; the label of train has every label id in
+    columns.
+    """
     root = tmp_path_factory.mktemp("cityscapes")
     for split in ("train", "val", "test"):
         stem = f"{split}/ulm/ulm_000000_000019"
@@ -72,7 +74,9 @@ def street(tmp_path_factory):
 
 @pytest.fixture
 def stub(monkeypatch):
-    """Networks of this process and of its copies have the stub, for tests of what is not in the network."""
+    """Networks of this process and of its copies have the stub, for tests of what is not in the
+    network.
+    """
     monkeypatch.setattr(dnl, "ResNet", Stub)
 
 

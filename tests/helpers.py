@@ -1,4 +1,6 @@
-"""What the tests of several rooms share: files and pictures, runs of a script in this process, in its copies and in others."""
+"""What the tests of several rooms share: files and pictures, runs of a script in this process, in
+its copies and in others.
+"""
 
 import json
 import multiprocessing
@@ -108,7 +110,9 @@ def batches(dataset, **options):
 
 
 def make_street(root):
-    """A folder data set of 3 classes: 12 training images of 40x56, 5 validation images of odd sizes, with ignored pixels."""
+    """A folder data set of 3 classes: 12 training images of 40x56, 5 validation images of odd
+    sizes, with ignored pixels.
+    """
     rng = np.random.default_rng(0)
     for split, n in (("train", 12), ("val", 5)):
         for kind in ("images", "labels"):
@@ -152,8 +156,9 @@ def trained(out, street, *flags):
 
 
 def forked(main, *argv, said=os.devnull, rank=0, world=1, port=0):
-    """main(argv) in a process of its own, started at once: a copy of this one, on one thread, with torchrun's environment. What
-    it prints goes to the file `said`."""
+    """main(argv) in a process of its own, started at once: a copy of this one, on one thread, with
+    torchrun's environment. What it prints goes to the file `said`.
+    """
 
     def work():
         torch.set_num_threads(1)
@@ -164,8 +169,9 @@ def forked(main, *argv, said=os.devnull, rank=0, world=1, port=0):
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
         )
-        sys.stdout = sys.stderr = open(said, "w", buffering=1)
-        runtime.run_script(lambda: main([*map(str, argv)]))
+        with open(said, "w", buffering=1) as sys.stdout:
+            sys.stderr = sys.stdout
+            runtime.run_script(lambda: main([*map(str, argv)]))
 
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()

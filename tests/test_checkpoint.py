@@ -1,10 +1,13 @@
 """Checkpoints: what reads them, and what is refused."""
 
+import codecs
 import json
 import os
 import shutil
 import signal
 import textwrap
+import time
+from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,7 +39,7 @@ from dnl import PAPER, RELEASED, build
 from run import fill_backbone, restore, start_run
 from runtime import InputError
 
-SMALL = dict(backbone="resnet18", channels=16, num_classes=5)
+SMALL = {"backbone": "resnet18", "channels": 16, "num_classes": 5}
 
 
 def test_the_backbone_of_a_checkpoint_loads(run_folder, street, tmp_path):
@@ -59,18 +62,24 @@ def test_the_backbone_of_a_checkpoint_loads(run_folder, street, tmp_path):
 
 
 def test_torch_hub_lists_explains_and_loads(run_folder, tmp_path):
-    """From a folder, and from hub's copy of a repository, which is put there first so that nothing is downloaded."""
+    """From a folder, and from hub's copy of a repository, which is put there first so that nothing
+    is downloaded.
+    """
     (tmp_path / "someone_dnl_main").symlink_to(ROOT)
     done = run_python(
         textwrap.dedent(f"""
         import torch
         torch.hub.set_dir({str(tmp_path)!r})
-        folder, copy, trust = {str(ROOT)!r}, "someone/dnl:main", dict(trust_repo=True, skip_validation=True)
+        folder, copy = {str(ROOT)!r}, "someone/dnl:main"
+        trust = dict(trust_repo=True, skip_validation=True)
+        small = dict(source="local", num_classes=5, preset="released", backbone="resnet18")
         print(torch.hub.list(copy, verbose=False, **trust))
         print("A whole network" in torch.hub.help(copy, "network", **trust))
-        print(torch.hub.load(folder, "network", source="local", num_classes=5, preset="released", backbone="resnet18").config)
-        print(torch.hub.load(folder, "DenoisedNonLocal", 16, 5, source="local")(torch.ones(1, 16, 3, 4)).shape)
-        net = torch.hub.load(copy, "trained", {str(run_folder / "best.pt")!r}, verbose=False, **trust)
+        print(torch.hub.load(folder, "network", **small).config)
+        block = torch.hub.load(folder, "DenoisedNonLocal", 16, 5, source="local")
+        print(block(torch.ones(1, 16, 3, 4)).shape)
+        path = {str(run_folder / "best.pt")!r}
+        net = torch.hub.load(copy, "trained", path, verbose=False, **trust)
         torch.save([net.training, net.state_dict()], "trained.pt")
     """),
         tmp_path,
@@ -108,9 +117,34 @@ def test_malicious_pickle_does_nothing(tmp_path):
             return Path.touch, (tmp_path / "touched",)
 
     torch.save({"version": 1, "model": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(InputError, match="evil.pt"):
+    with pytest.raises(InputError, match=r"evil\.pt"):
         checkpoint.read_checkpoint(tmp_path / "evil.pt")
     assert not (tmp_path / "touched").exists()
+
+
+def test_an_ordered_dict_whose_attributes_hide_methods_is_a_plain_one(run_folder, tmp_path):
+    state = OrderedDict(torch.load(run_folder / "best.pt", weights_only=True))
+    state.get = state.keys = 1
+    torch.save(state, tmp_path / "x.pt")
+    _, read = checkpoint.load_network(tmp_path / "x.pt", "cpu")
+    assert type(read) is dict and same_state(tmp_path / "x.pt", run_folder / "best.pt")
+
+
+def test_a_pickle_that_names_a_codec_is_refused_at_once(tmp_path):
+    """torch.load allows _codecs.encode, and punycode takes minutes for 30,000 letters."""
+
+    class Slow:
+        def __reduce__(self):
+            return codecs.encode, (
+                "\u4e00" * 10 + "".join(map(chr, range(20_000, 50_000))),
+                "punycode",
+            )
+
+    torch.save({"version": 1, "model": Slow()}, tmp_path / "slow.pt")
+    start = time.monotonic()
+    with pytest.raises(InputError, match=r"slow\.pt: not a readable checkpoint"):
+        checkpoint.read_checkpoint(tmp_path / "slow.pt")
+    assert time.monotonic() - start < 5
 
 
 def test_damaged_checkpoint_falls_back_to_the_previous(run_folder, street, tmp_path, capsys):
@@ -179,7 +213,7 @@ def test_a_checkpoint_that_no_run_wrote_is_refused(run_folder, street, tmp_path)
     args.out.mkdir()
     for change in broken_fields(whole):
         torch.save(whole | change, args.out / "last.pt")
-        with pytest.raises(InputError, match="last.pt") as e:
+        with pytest.raises(InputError, match=r"last\.pt") as e:
             restore(run)
         assert "\n" not in str(e.value), change
     torch.save(whole, args.out / "last.pt")
@@ -194,8 +228,10 @@ VERSION_1, FLAGS_1 = (
 
 
 def write_version_1(folder):
-    """How version1.pt was made, by torch 2.13 on a CPU: the stub trained on the street in a new `folder`, stopped after step 32 of 36.
-    `PYTHONPATH=.:tests python -c "import pathlib, test_checkpoint as t; t.write_version_1(pathlib.Path('/tmp/version1'))"`"""
+    """How version1.pt was made, by torch 2.13 on a CPU: the stub trained on the street in a new
+    `folder`, stopped after step 32 of 36. `PYTHONPATH=.:tests python -c "import pathlib,
+    test_checkpoint as t; t.write_version_1(pathlib.Path('/tmp/version1'))"`
+    """
     step = train.train_step
 
     def stopping(run, *rest):
@@ -214,7 +250,9 @@ def write_version_1(folder):
 
 
 def test_a_checkpoint_of_version_1_still_loads(street, tmp_path, capsys, stub):
-    """Written once, and read by all that comes after: scored, predicted with, trained on to its end, its backbone lent."""
+    """Written once, and read by all that comes after: scored, predicted with, trained on to its
+    end, its backbone lent.
+    """
     saved = torch.load(VERSION_1, weights_only=True)
     assert saved["version"] == 1 and saved["step"] == 32
     assert evaluate.main([str(VERSION_1), "--root", str(street), "--workers", "0", "--json"]) == 0

@@ -8,7 +8,6 @@ import sys
 import pytest
 from helpers import ROOT, run_python
 
-
 ROOMS = {  # each file: what it may import of the project; CONTRIBUTING.md tells their concerns
     "dnl": "",
     "runtime": "",

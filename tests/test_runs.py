@@ -11,12 +11,12 @@ import signal
 import subprocess
 import sys
 import time
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import CPU, ROOT, TINY, forked, ranks, same_run, same_state, trained
+from helpers import CPU, ROOT, TINY, forked, free_port, ranks, same_run, same_state, trained
 from PIL import Image
 
 import checkpoint
@@ -76,7 +76,9 @@ def test_the_line_fits_its_terminal(run_folder, street, tmp_path, monkeypatch, c
 
 @pytest.mark.slow
 def test_training_learns(street, tmp_path):
-    """Colour alone separates these classes: a network that cannot learn them in 30 steps is broken."""
+    """Colour alone separates these classes: a network that cannot learn them in 30 steps is
+    broken.
+    """
     assert trained(tmp_path / "r", street, "--epochs", 10, "--lr", 0.05, "--eval-every", 10) == 0
     lines = [json.loads(x) for x in (tmp_path / "r" / "log.jsonl").read_text().splitlines()[1:]]
     assert (
@@ -96,7 +98,9 @@ def test_training_learns(street, tmp_path):
     ],
 )
 def test_stopped_and_resumed_is_the_uninterrupted_run(street, tmp_path, monkeypatch, flags, capsys):
-    """Stopped by a signal within an epoch (twice), resumed by the same command; the released preset has dropout."""
+    """Stopped by a signal within an epoch (twice), resumed by the same command; the released preset
+    has dropout.
+    """
     assert trained(tmp_path / "whole", street, *flags) == 0
     step, stops = train.train_step, [1, 3]
 
@@ -119,7 +123,9 @@ def test_stopped_and_resumed_is_the_uninterrupted_run(street, tmp_path, monkeypa
 
 
 def test_two_ranks_go_on_where_one_was(street, tmp_path, capsys, monkeypatch, stub):
-    """Dead after step 5 on one rank, ended on two; the mIoU that two ranks logged is what one rank evaluates."""
+    """Dead after step 5 on one rank, ended on two; the mIoU that two ranks logged is what one rank
+    evaluates.
+    """
     step = train.train_step
 
     def dying(run, *rest):
@@ -144,7 +150,9 @@ def test_two_ranks_go_on_where_one_was(street, tmp_path, capsys, monkeypatch, st
 def test_three_ranks_stopped_and_resumed_are_the_uninterrupted_three(
     street, tmp_path, monkeypatch, stub
 ):
-    """Of three on the order of a sum of gradients matters, and DDP changes its own after a process's first step."""
+    """Of three on the order of a sum of gradients matters, and DDP changes its own after a
+    process's first step.
+    """
     flags, step = [*TINY, "--root", street, "--batch", 6], train.train_step
 
     def stopped(run, *args):
@@ -193,28 +201,27 @@ def writes_are(monkeypatch, function):
 
 
 def test_full_disk_at_each_write(street, tmp_path, monkeypatch, capsys, stub):
-    """Whichever write fails, a loadable checkpoint is there afterwards, and the run goes on and ends the same."""
+    """Whichever write fails, a loadable checkpoint is there afterwards, and the run goes on and
+    ends the same.
+    """
     assert trained(tmp_path / "whole", street, "--epochs", 1) == 0
     for nth, name in enumerate(
         ("new.pt", "log.jsonl", "best.pt", "new.pt", "log.jsonl", "val.png")
     ):
         out, writes = tmp_path / f"r{nth}", []
-
-        def full(path, save):
-            writes.append(path.name)
-            return write(
-                path,
-                lambda f: f.write(b"part") and save(Full()) if len(writes) == nth + 1 else save(f),
-            )
-
-        writes_are(monkeypatch, full)
+        writes_are(monkeypatch, partial(full_at, nth, writes))
         status = trained(out, street, "--epochs", 1)
-        assert (
-            writes[nth] == name
-            and "No space left" in capsys.readouterr().err
-            and not list(out.glob("*.part"))
-        )
+        assert writes[nth] == name and "No space left" in capsys.readouterr().err
+        assert not list(out.glob("*.part"))
         assert status == (name == "val.png") and same_run(tmp_path / "whole", out)
+
+
+def full_at(nth, writes, path, save):
+    """Write, but the nth of the writes fails half-way; their names are kept in the list."""
+    writes.append(path.name)
+    if len(writes) == nth + 1:
+        return write(path, lambda f: f.write(b"part") and save(Full()))
+    return write(path, save)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -286,7 +293,9 @@ def whole(process):
 
 @pytest.mark.slow
 def test_killed_twenty_times_is_the_uninterrupted_run(street, tmp_path):
-    """SIGKILL at random moments, the same command again each time: the weights, optimizer and log of the run left alone."""
+    """SIGKILL at random moments, the same command again each time: the weights, optimizer and log
+    of the run left alone.
+    """
     import torch._dynamo  # noqa: F401  else each start would, and most moments would fall into that
 
     flags = [*TINY, "--root", street, "--epochs", 6, "--save-every", 1, "--out"]
@@ -313,7 +322,9 @@ def test_killed_twenty_times_is_the_uninterrupted_run(street, tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_stopped_and_killed_are_the_uninterrupted_two(street, tmp_path):
-    """SIGTERM to torchrun: both ranks save the same step. Then --max-restarts 3 and each time one rank killed."""
+    """SIGTERM to torchrun: both ranks save the same step. Then --max-restarts 3 and each time one
+    rank killed.
+    """
     flags = [*TINY, "--root", street, "--epochs", 4, "--save-every", 1]
     assert ranks(2, train.main, *flags, "--out", tmp_path / "whole", said=tmp_path / "said")[0] == [
         0,
@@ -395,7 +406,9 @@ def test_killed_while_validating_repeats_only_that(street, tmp_path, monkeypatch
 def test_a_signal_while_validating_stops_every_rank_at_the_image(
     street, tmp_path, monkeypatch, stub, world
 ):
-    """Told as saved, which it was before validating; the same command repeats validation alone, to the same bits."""
+    """Told as saved, which it was before validating; the same command repeats validation alone, to
+    the same bits.
+    """
     assert (
         ranks(
             world,
@@ -438,7 +451,9 @@ def test_a_signal_while_validating_stops_every_rank_at_the_image(
 
 @pytest.mark.parametrize("moved", [False, True])
 def test_killed_between_the_two_renames(street, tmp_path, capsys, moved, stub):
-    """new.pt is whole and last.pt the one before, still there or already last.prev.pt: the run goes on from new.pt."""
+    """new.pt is whole and last.pt the one before, still there or already last.prev.pt: the run goes
+    on from new.pt.
+    """
     assert trained(tmp_path / "whole", street) == 0
     out = tmp_path / "r"
     shutil.copytree(tmp_path / "whole", out)
@@ -451,7 +466,9 @@ def test_killed_between_the_two_renames(street, tmp_path, capsys, moved, stub):
 
 
 def test_a_file_size_limit_of_the_system(street, tmp_path, capsys, stub):
-    """Writes that fail half-way by RLIMIT_FSIZE: the run trains to its end, says so, and the same command then writes all."""
+    """Writes that fail half-way by RLIMIT_FSIZE: the run trains to its end, says so, and the same
+    command then writes all.
+    """
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     assert trained(tmp_path / "whole", street) == 0
     try:
@@ -529,7 +546,9 @@ def test_nobody_listens(street, tmp_path, monkeypatch, stub):
 
 
 def test_training_on_a_full_disk_behind_its_output_keeps_its_status(street, tmp_path, monkeypatch):
-    """A process of its own, its output buffered: neither a loader's start, which flushes, nor the interpreter's end is the worse for it."""
+    """A process of its own, its output buffered: neither a loader's start, which flushes, nor the
+    interpreter's end is the worse for it.
+    """
     monkeypatch.setenv("PYTHONUNBUFFERED", "")
     command = [
         sys.executable,
@@ -580,7 +599,9 @@ def test_resume_into_the_folder_of_another_run(run_folder, street, tmp_path, stu
 
 
 def test_a_file_that_breaks_stops_every_rank_with_one_line(street, tmp_path, stub):
-    """Two ranks; images of later steps are not images: exit status 2, the name, no traceback of ours, and what was saved stays."""
+    """Two ranks; images of later steps are not images: exit status 2, the name, no traceback of
+    ours, and what was saved stays.
+    """
     root = tmp_path / "street"
     shutil.copytree(street, root)
     first = {i for step in range(2) for _, i in data.step_items(step, seed=0, n=12, batch=4)}
@@ -637,3 +658,117 @@ def test_deterministic_gives_the_same_bits_twice(street, tmp_path):
     finally:
         torch.use_deterministic_algorithms(False)
     assert same_run(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("flags", [["--seed", 1], ["--save-every", 1], ["--out", "other"]], ids=str)
+def test_ranks_of_different_flags_end_with_a_line_each(street, tmp_path, monkeypatch, stub, flags):
+    monkeypatch.chdir(tmp_path)
+    port, own = free_port(), [[], flags]
+    processes = [
+        forked(
+            train.main,
+            *TINY,
+            "--root",
+            street,
+            "--out",
+            "r",
+            *own[r],
+            said=f"said{r}",
+            rank=r,
+            world=2,
+            port=port,
+        )
+        for r in range(2)
+    ]
+    for p in processes:
+        p.join(60)
+        p.kill()
+    texts = [Path(f"said{r}").read_text() for r in range(2)]
+    assert [p.exitcode for p in processes] == [2, 2], texts
+    assert all(len(text.splitlines()) == 1 for text in texts), texts
+    name = flags[0][2:].replace("-", "_")
+    assert "rank 1: differs from rank 0: " + name in texts[1] and "rank 0: stopped" in texts[0]
+    assert not list(tmp_path.glob("*/last.pt"))
+
+
+MASKED = """import torch
+class Masked(torch.nn.Module):
+    def __init__(self, channels, num_classes):
+        super().__init__()
+        self.register_buffer("mask", torch.full((1,), -torch.inf))
+        SPARE
+    def forward(self, x):
+        return torch.maximum(x, self.mask)
+"""
+
+
+def test_a_context_may_have_an_infinite_mask_but_no_spare_parameter(street, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "masked.py").write_text(MASKED.replace("SPARE", ""))
+    spare = MASKED.replace("SPARE", "self.scale = torch.nn.Parameter(torch.ones(1))")
+    (tmp_path / "spare.py").write_text(spare)
+    flags = ("--epochs", 1, "--context")
+    assert trained(tmp_path / "r", street, *flags, "masked:Masked") == 0
+    assert evaluate.main([str(tmp_path / "r/last.pt"), "--context", "masked:Masked"]) == 0
+    line = "no output depends on context.scale: use"
+    with pytest.raises(InputError, match=line):
+        trained(tmp_path / "s", street, *flags, "spare:Masked")
+    assert not (tmp_path / "s").exists()
+
+
+def train_with_stopped_reader(street, out, said):
+    """A training whose process that reads images was stopped by SIGSTOP after the first step."""
+    flags = (*TINY, "--root", street, "--out", out, "--epochs", 200, "--workers", 1)
+    process = forked(train.main, *flags, said=said)
+    while "step 1/" not in (said.read_text() if said.exists() else ""):
+        assert process.is_alive()
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGSTOP)
+    return process
+
+
+def test_a_signal_ends_the_wait_for_a_lost_batch(street, tmp_path, stub):
+    process = train_with_stopped_reader(street, tmp_path / "r", tmp_path / "said")
+    time.sleep(2)  # the batches that were ready are used
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    ended = process.exitcode
+    process.kill()
+    assert ended == 143, (tmp_path / "said").read_text()
+    assert "stopped by SIGTERM" in (tmp_path / "said").read_text()
+    assert (tmp_path / "r" / "last.pt").exists()
+
+
+def test_a_lost_batch_is_a_line(street, tmp_path, monkeypatch, stub):
+    monkeypatch.setattr(data, "BATCH_TIMEOUT", 2)
+    process = train_with_stopped_reader(street, tmp_path / "r", tmp_path / "said")
+    process.join(60)
+    ended = process.exitcode
+    process.kill()
+    text = (tmp_path / "said").read_text()
+    assert ended == 1 and "no batch came for 2 s" in text.splitlines()[-1], text
+    assert "Traceback" not in text
+
+
+def test_a_full_shared_memory_is_a_line(street, tmp_path):
+    """/dev/shm of 1 MiB, as a container may have it, and batches of 0.8 MB."""
+    script = f'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec {sys.executable} "$@"'
+    inside = ["unshare", "--mount", "sh", "-c", script, "sh"]
+    if subprocess.run([*inside, "-c", ""], capture_output=True).returncode:
+        pytest.skip("no mount namespace here")
+    flags = (*TINY, "--root", street, "--out", tmp_path / "r", "--workers", 2, "--crop", 256)
+    command = [*inside, ROOT / "train.py", *flags]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and "enlarge /dev/shm" in done.stderr.splitlines()[-1], done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_too_few_open_files_is_a_line(street, tmp_path, stub):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, limits[1]))
+        with pytest.raises(InputError, match="allows 100 open files, and --workers needs 128"):
+            trained(tmp_path / "r", street, "--workers", 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)

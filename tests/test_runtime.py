@@ -1,4 +1,6 @@
-"""What the scripts share: exit status, error lines, torchrun's environment, ranks, whole-file writes."""
+"""What the scripts share: exit status, error lines, torchrun's environment, ranks, whole-file
+writes.
+"""
 
 import json
 import os
@@ -15,6 +17,7 @@ from helpers import ROOT, TINY, forked, free_port, ranks, script, status_of
 
 import runtime
 import train
+from run import locked_folder
 from runtime import InputError
 
 
@@ -24,7 +27,7 @@ def test_exit_status_and_one_line(street, tmp_path):
         ("train.py", "--crop", "x"),
         ("evaluate.py", tmp_path / "none.pt"),
     ):
-        status, out, err = script(*args)
+        status, _, err = script(*args)
         assert status == 2 and err.count("\n") == 1 and "Traceback" not in err, err
 
 
@@ -48,14 +51,15 @@ def test_an_environment_that_is_not_torchruns(monkeypatch, environment, words):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match=words):
-        with runtime.distributed():
-            pass
+    with pytest.raises(InputError, match=words), runtime.distributed():
+        pass
 
 
 @pytest.mark.parametrize("buffered", ["", "1"])
 def test_output_that_cannot_be_written_is_no_traceback(run_folder, monkeypatch, buffered):
-    """A full disk behind standard output: status 1 and a line; a closed standard error: nobody hears, the result is the same."""
+    """A full disk behind standard output: status 1 and a line; a closed standard error: nobody
+    hears, the result is the same.
+    """
     command = [sys.executable, str(ROOT / "evaluate.py"), str(run_folder / "best.pt")]
     monkeypatch.setenv("PYTHONUNBUFFERED", buffered)  # empty: as if unset, the usual case
     with open("/dev/full", "w") as full:
@@ -140,11 +144,29 @@ def test_a_file_is_on_the_disk_before_it_replaces_another(tmp_path, monkeypatch)
     assert (tmp_path / "x").read_bytes() == b"new" and os.listdir(tmp_path) == ["x"]
 
 
+def test_a_planted_link_beside_a_file_is_not_followed(tmp_path, monkeypatch):
+    """Neither by a write nor by the lock of a run; a pipe in its place blocks nothing."""
+    (tmp_path / "mine").write_text("precious")
+    monkeypatch.setattr(runtime.secrets, "token_hex", lambda n: "0" * 8)
+    (tmp_path / "x.00000000.part").symlink_to(tmp_path / "mine")
+    with pytest.raises(FileExistsError):
+        runtime.write(tmp_path / "x", lambda f: f.write(b"new"))
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / ".lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(InputError, match="--out"), locked_folder(tmp_path / "r"):
+        pass
+    assert (tmp_path / "mine").read_text() == "precious"
+    (tmp_path / "r" / ".lock").unlink()
+    os.mkfifo(tmp_path / "r" / ".lock")
+    with locked_folder(tmp_path / "r"):
+        pass
+
+
 def test_a_rank_gives_up_one_that_hangs(tmp_path):
     """Within the timeout, here 2 s in place of 10 minutes; torchrun then ends the others."""
 
     def main(argv):
-        with runtime.distributed(timedelta(seconds=2)) as (rank, world, device):
+        with runtime.distributed(timedelta(seconds=2)) as (rank, _, _):
             time.sleep(20 * rank)
             torch.distributed.all_reduce(torch.ones(1))
 

@@ -1,4 +1,6 @@
-"""train.py: schedule, losses, flags and settings, one step on one rank and several, what goes beyond the paper."""
+"""train.py: schedule, losses, flags and settings, one step on one rank and several, what goes
+beyond the paper.
+"""
 
 import argparse
 import json
@@ -60,7 +62,9 @@ def test_losses_are_plain_cross_entropy(weighted):
 
 
 def test_loss_keeps_one_image_of_logits():
-    """A batch of 8 must not hold 8 full-size copies: nothing saved for the backward has their size."""
+    """A batch of 8 must not hold 8 full-size copies: nothing saved for the backward has their
+    size.
+    """
     logits, label = (
         torch.randn(8, 5, 4, 4, requires_grad=True),
         torch.randint(0, 5, (8, 64, 64)).byte(),
@@ -86,9 +90,11 @@ def test_hardest_pixels():
 
 
 def gradients(rank, world, port, dtype, accumulate, out):
-    """The gradient of one step over `world` gloo ranks, BatchNorm in eval mode, ignored pixels spread unevenly."""
-    torch.set_num_threads(1)
+    """The gradient of one step over `world` gloo ranks, BatchNorm in eval mode, ignored pixels
+    spread unevenly.
+    """
     if world > 1:
+        torch.set_num_threads(1)  # a process of its own
         torch.distributed.init_process_group(
             "gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
         )
@@ -186,7 +192,7 @@ BAD = {  # flags: what the one line must hold
     "--class-weights /nowhere.json": "/nowhere.json",
     "--resume /nowhere.pt": "/nowhere.pt",
     "--weights imagenet --preset released": "plain stem",
-    "--weights README.md": "--weights README.md: not a file of weights: expected a file of torchvision's",
+    "--weights README.md": "not a file of weights: expected a file of torchvision's",
     "--seed -1": "0 or more",
     "--ema 1": "below 1",
     "--compile --recompute": "leave one out",
@@ -223,7 +229,9 @@ def test_other_settings_are_refused_by_name(run_folder, street):
 
 
 def test_loss_that_is_not_finite(street, tmp_path, monkeypatch, stub):
-    """Step 4's images are made infinite: the run stops and names them, and the checkpoint of step 3 stays."""
+    """Step 4's images are made infinite: the run stops and names them, and the checkpoint of step 3
+    stays.
+    """
     normal = train.part_losses
 
     def broken(run, x, y, labelled):
@@ -247,7 +255,9 @@ def test_loss_that_is_not_finite(street, tmp_path, monkeypatch, stub):
     ids=["paper", "beyond", "weighted"],
 )
 def test_two_steps_are_eq_5_by_plain_sgd(street, tmp_path, monkeypatch, stub, flags):
-    """Against the formulas: cross-entropy + 0.3 * (res2, res3), momentum, weight decay, poly rate; jitter as its own test has it."""
+    """Against the formulas: cross-entropy + 0.3 * (res2, res3), momentum, weight decay, poly rate;
+    jitter as its own test has it.
+    """
     monkeypatch.chdir(tmp_path)
     Path("w.json").write_text(
         json.dumps(
@@ -292,7 +302,9 @@ def test_two_steps_are_eq_5_by_plain_sgd(street, tmp_path, monkeypatch, stub, fl
 def test_ohem_is_the_mean_over_the_hard_pixels_of_all_ranks(
     street, tmp_path, monkeypatch, stub, weighted
 ):
-    """Two ranks print the loss of one, which is the mean of the pixels of a loss above 1, weighted where weights are given."""
+    """Two ranks print the loss of one, which is the mean of the pixels of a loss above 1, weighted
+    where weights are given.
+    """
     monkeypatch.setattr(recipe, "ohem_mask", lambda pixels: pixels > 1)
     (tmp_path / "w.json").write_text(
         json.dumps(
@@ -453,7 +465,7 @@ def test_other_images_of_the_same_number_are_other_settings(run_folder, street, 
     for kind in ("images", "labels"):
         os.replace(root / kind / "train" / "3.png", root / kind / "train" / "new.png")
     shutil.copytree(run_folder, tmp_path / "r")
-    with pytest.raises(InputError, match="names [0-9a-f]{8} -> [0-9a-f]{8}"):
+    with pytest.raises(InputError, match=r"names [0-9a-f]{8} -> [0-9a-f]{8}"):
         trained(tmp_path / "r", root)
 
 
@@ -475,6 +487,7 @@ def test_tensorboard_gets_the_log_and_its_full_disk_stops_nothing(
 
     class Writer:  # in the place of TensorBoard's
         def __init__(self, folder, purge_step):
+            assert purge_step == 1  # what was drawn at the checkpoint's step, 0 here, stays
             if "__init__" in full:
                 raise OSError(28, "No space left on device")
 
@@ -514,7 +527,9 @@ def test_tensorboard_gets_the_log_and_its_full_disk_stops_nothing(
 
 @pytest.mark.slow
 def test_resnet101_at_the_papers_sizes_within_20_gib():
-    """A forward of 1024 x 2048 and 1025 x 511, and a training step of 2 x 768 x 768, in a process of their own."""
+    """A forward of 1024 x 2048 and 1025 x 511, and a training step of 2 x 768 x 768, in a process
+    of their own.
+    """
     done = run_python(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})"
         + textwrap.dedent("""
@@ -525,13 +540,14 @@ def test_resnet101_at_the_papers_sizes_within_20_gib():
         optimizer = torch.optim.SGD(net.parameters(), lr=1e-2, momentum=0.9)
         with torch.autocast("cpu", torch.bfloat16):
             label = torch.randint(0, 19, (2, 768, 768))
-            loss = sum(F.cross_entropy(o.float(), label) for o in net(torch.randn(2, 3, 768, 768).to(**last)))
+            outputs = net(torch.randn(2, 3, 768, 768).to(**last))
+            loss = sum(F.cross_entropy(o.float(), label) for o in outputs)
             loss.backward()
             optimizer.step()
             net.eval()
             with torch.inference_mode():
-                images = [torch.randn(1, 3, *size).to(**last) for size in ((1024, 2048), (1025, 511))]
-                shapes = [tuple(net(image).shape) for image in images]
+                sizes = ((1024, 2048), (1025, 511))
+                shapes = [tuple(net(torch.randn(1, 3, *s).to(**last)).shape) for s in sizes]
         ok = loss.isfinite().item() and shapes == [(1, 19, 1024, 2048), (1, 19, 1025, 511)]
         print(ok, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
     """),
