@@ -150,7 +150,7 @@ def _windows(size, kernel):
 
 
 def _zeros_around(v, kernel):
-    """Zeros for v (B, C, H, W) and its padding, laid out as v: another layout costs ten times."""
+    """Zeros for v (B, C, H, W) and its padding, laid out as v: other layouts are 10x slower."""
     B, C, H, W = v.shape
     if v.stride(1) == 1:  # channels innermost; F.pad does not see it in a batch of one
         return v.new_zeros(B, H + kernel - 1, W + kernel - 1, C).permute(0, 3, 1, 2)
