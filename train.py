@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import recipe
-from data import IGNORE, color_jitter, normalize, train_batches
+from data import IGNORE, RELATIVE, color_jitter, normalize, train_batches
 from evaluate import evaluate, iou_table, scores
 from run import Run, check_finite, connect, locked_folder, restore, save, start_run
 from runtime import (
@@ -113,7 +113,7 @@ def open_batches(run: Run) -> Generator[Batch, None, None]:
         world=run.world,
         crop=run.args.crop,
         scale=tuple(run.args.scale),
-        relative=recipe.SETTINGS[run.args.data].relative,
+        relative=run.args.data in RELATIVE,
         workers=run.args.workers,
         pin=run.device.type == "cuda",
     )
@@ -294,6 +294,7 @@ def validate(run: Run, net: nn.Module) -> dict[str, Any]:
             rank=run.rank,
             world=run.world,
             workers=run.args.workers,
+            base=run.base,
             amp=AMP[run.args.amp],
             progress=stop_at_signal,
         )
