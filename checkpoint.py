@@ -6,6 +6,7 @@ weights, ema.pt.
 """
 
 import os
+import pickletools
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -46,6 +47,13 @@ RUN_FIELDS = FIELDS | {  # what a training needs to go on
     "step": int,
     "sums": Tensor,
     "history": [dict],
+}
+GLOBALS = {  # what the pickle of such a checkpoint names
+    "collections OrderedDict",
+    "torch._utils _rebuild_tensor_v2",
+    "torch DoubleStorage",
+    "torch FloatStorage",
+    "torch LongStorage",
 }
 REMEDY = "give a .pt file that train.py wrote"
 
@@ -128,7 +136,10 @@ def read_pickle(path: str | Path) -> Any:
                 raise InputError(
                     f"{quote(path)}: damaged at {quote(bad)}: use the previous one or train again"
                 )
-            return torch.load(path, map_location="cpu", weights_only=True)
+            for name in z.namelist():
+                if name.endswith("data.pkl"):
+                    check_globals(z.read(name))
+        return plain(torch.load(path, map_location="cpu", weights_only=True))
     except InputError:
         raise
     except FileNotFoundError:
@@ -136,6 +147,22 @@ def read_pickle(path: str | Path) -> Any:
     except Exception as e:  # a damaged file can fail in any layer
         what = type(e).__name__
         raise InputError(f"{quote(path)}: not a readable checkpoint ({what}): {REMEDY}") from None
+
+
+def check_globals(pickled: bytes) -> None:
+    """ValueError if a pickle names more than tensors need: torch allows codecs that take hours."""
+    for opcode, argument, _ in pickletools.genops(pickled):
+        if opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST") and argument not in GLOBALS:
+            raise ValueError(f"the pickle names {argument}")
+
+
+def plain(value: Any) -> Any:
+    """The value, each OrderedDict a dict: a file can give one attributes that hide methods."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in dict.items(value)}
+    if isinstance(value, list):
+        return [plain(v) for v in value]
+    return value
 
 
 def has_type(value: Any, kind: Any) -> bool:
@@ -215,8 +242,15 @@ def check_model(model: Mapping[str, Tensor], blank: nn.Module, size: int) -> Non
             raise ValueError(f"the model does not fit: {name} is of another type")
     if sum(t.nbytes for t in model.values()) > size:
         raise ValueError("the model is larger than its file")
-    if not all(t.isfinite().all() for t in model.values()):
+    if not all(model[name].isfinite().all() for name in weight_names(blank)):
         raise ValueError("the model's weights are not all finite")
+
+
+def weight_names(net: nn.Module) -> list[str]:
+    """Names of what must be finite: parameters and BatchNorm's statistics. A mask may hold -inf."""
+    buffers = [name for name, _ in net.named_buffers()]
+    statistics = [name for name in buffers if name.endswith(("running_mean", "running_var"))]
+    return [name for name, _ in net.named_parameters()] + statistics
 
 
 def base_of(checkpoint: dict[str, Any], asked: int | None = None) -> int:

@@ -17,6 +17,7 @@ import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,12 @@ import synthetic
 from cache import Copy, open_copy
 from classes import IGNORE, Color, classes_of
 from decode import decode_image, decode_label
-from runtime import GROUP_SIGNALS, InputError, counted, quote
+from runtime import GROUP_SIGNALS, InputError, check_open_files, counted, quote, time_limit
 
 NAMES = ("synthetic", "cityscapes", "ade20k", "folder")
 SPLITS = ("train", "val", "trainval", "test")
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet, 0..255
+BATCH_TIMEOUT = 300  # s; other ranks wait 10 minutes, so the line of this one comes first
 PAD = (124, 116, 104)  # MEAN, rounded: close to 0 once normalized
 RELATIVE = ("ade20k",)  # a scale of 1 brings the short side to the crop, not to the image's own
 LONGEST = 4  # times --base: of the long side
@@ -264,7 +266,13 @@ def read(dataset: DataSet, index: int) -> tuple[np.ndarray, np.ndarray | None]:
         _, split, number = item.image.parts
         return synthetic.scene(split, int(number))
     if dataset.copy is not None:
-        return dataset.copy.read(index)
+        image, label = dataset.copy.read(index)
+        if label is not None and ((label >= len(dataset.classes)) & (label != IGNORE)).any():
+            raise InputError(
+                f"{quote(dataset.copy.path)}: holds labels out of range: remove it, and it is made "
+                "again"
+            )
+        return image, label
     image = decode_image(item.image)
     label = None
     if item.label is not None:
@@ -537,17 +545,37 @@ def _collate(rows: list[Any]) -> list[Tensor] | InputError:
 
 
 def _batches(load: Callable[..., Any], workers: int, **options: Any) -> Generator[Any, None, None]:
-    """What DataLoader makes of load(*key). Raises an InputError of a worker."""
+    """What DataLoader makes of load(*key). Raises an InputError of a worker.
+
+    RuntimeError if a worker is gone, TimeoutError if no batch comes for BATCH_TIMEOUT.
+    """
+    if workers:
+        check_open_files(64 + 32 * workers)
     loader = DataLoader(
         _Loader(load),
         num_workers=workers,
-        worker_init_fn=_leave_signals,
+        worker_init_fn=_prepare_worker,
         generator=torch.Generator(),  # otherwise it draws from torch's global one
         **options,
     )
-    for batch in _started(loader):  # no variable: the traceback of an error would keep the workers
+    for batch in _bounded(_started(loader), BATCH_TIMEOUT if workers else 0):
         if isinstance(batch, InputError):
             raise batch
+        yield batch
+
+
+def _bounded(batches: Iterator[Any], seconds: int) -> Iterator[Any]:
+    """The batches. DataLoader's own timeout does not cover a worker that stops while it sends."""
+    lost = (
+        f"no batch came for {seconds} s: a process that reads images is stopped or stuck, or "
+        "/dev/shm is full: enlarge it (docker: --shm-size), or give --workers 0"
+    )
+    while True:
+        with time_limit(seconds, lost):
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
         yield batch
 
 
@@ -560,13 +588,16 @@ def _started(loader: DataLoader) -> Iterator[Any]:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
-def _leave_signals(worker: int) -> None:
+def _prepare_worker(worker: int) -> None:
     """Leave signals to the whole process group, such as Ctrl-C, to the main process.
 
     It finishes its step, and needs its workers for that. It also ends leftover workers with
-    SIGTERM, so that signal is delayed by 30 s (longer than a step).
+    SIGTERM, so that signal is delayed by 30 s (longer than a step). A batch that cannot be sent
+    (/dev/shm is full) ends the worker: it would be dropped, and waited for.
     """
     for number in GROUP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
+    hook = staticmethod(lambda error, batch: os._exit(1))
+    Queue._on_queue_feeder_error = hook  # type: ignore[attr-defined]  # not in typeshed
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {*GROUP_SIGNALS, signal.SIGTERM})
