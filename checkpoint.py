@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import dnl
-from data import IGNORE, NAMES, DataSet, open_dataset
+from data import IGNORE, NAMES, RELATIVE, DataSet, open_dataset
 from runtime import (
     AMP,
     InputError,
@@ -182,6 +182,7 @@ def invalid_fields(checkpoint: dict[str, Any]) -> list[str]:
     config, default = checkpoint["config"], asdict(dnl.PAPER)
     names, colors = checkpoint["classes"], checkpoint["colors"]
     count = len(names)
+    base = base_of(checkpoint)
     named = 0 < count <= IGNORE and len(set(names)) == count and all(map(str.isprintable, names))
     valid = {
         "config": {k: type(v) for k, v in config.items()}
@@ -190,6 +191,7 @@ def invalid_fields(checkpoint: dict[str, Any]) -> list[str]:
         "colors": len(colors) == count and all(is_color(c) for c in colors),
         "data": checkpoint["data"] in NAMES,
         "amp": checkpoint["amp"] in AMP,
+        "settings": type(base) is int and 0 <= base <= 8192,  # as --base
     }
     return [name for name, good in valid.items() if not good]
 
@@ -249,6 +251,19 @@ def weight_names(net: nn.Module) -> list[str]:
     buffers = [name for name, _ in net.named_buffers()]
     statistics = [name for name in buffers if name.endswith(("running_mean", "running_var"))]
     return [name for name, _ in net.named_parameters()] + statistics
+
+
+def base_of(checkpoint: dict[str, Any], asked: int | None = None) -> int:
+    """The short side of images at a scale of 1, in pixels; 0: images stay as they are.
+
+    asked: --base. Otherwise the crop of a training that scaled images by their short side.
+    """
+    if asked is not None:
+        return asked
+    settings = checkpoint.get("settings")
+    if isinstance(settings, dict) and settings.get("data") in RELATIVE:
+        return settings.get("crop", -1)
+    return 0
 
 
 def open_like(

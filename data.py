@@ -14,7 +14,7 @@ import hashlib
 import math
 import os
 import signal
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.queues import Queue
@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -38,6 +39,8 @@ SPLITS = ("train", "val", "trainval", "test")
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet, 0..255
 BATCH_TIMEOUT = 300  # s; other ranks wait 10 minutes, so the line of this one comes first
 PAD = (124, 116, 104)  # MEAN, rounded: close to 0 once normalized
+RELATIVE = ("ade20k",)  # a scale of 1 brings the short side to the crop, not to the image's own
+LONGEST = 4  # times --base: of the long side
 Sample = tuple[Tensor, Tensor, Tensor]  # image, label, colour factors
 
 
@@ -414,6 +417,30 @@ def normalize(images: Tensor) -> Tensor:
     mean = torch.tensor(MEAN).view(3, 1, 1).to(images.device, non_blocking=True)
     std = torch.tensor(STD).view(3, 1, 1).to(images.device, non_blocking=True)
     return (images.float() - mean) / std
+
+
+def base_factor(size: Sequence[int], base: int) -> float | None:
+    """What scales an image (H, W) to a short side of `base` pixels. None for base 0: nothing does.
+
+    The long side stays within 4 * base, as in the peers (mmsegmentation's 2048x512 for ADE20K): the
+    memory does not grow with a panorama, and 150 classes of 608x2432 fit one tile.
+    """
+    if base == 0:
+        return None
+    return min(base / min(size), LONGEST * base / max(size))
+
+
+def scaled(size: Sequence[int], factor: float) -> tuple[int, int]:
+    """(H, W) times a factor, in whole pixels."""
+    height, width = size
+    return max(1, round(height * factor)), max(1, round(width * factor))
+
+
+def resize_smooth(x: Tensor, size: Sequence[int]) -> Tensor:
+    """(B, C, h, w) -> (B, C, H, W), bilinear, anti-aliased when shrinking: as `_resize` trains."""
+    if max(x.shape[2] / size[0], x.shape[3] / size[1]) > 100:  # too much for a GPU's kernel
+        return F.interpolate(x, tuple(size), mode="area")
+    return F.interpolate(x, tuple(size), mode="bilinear", antialias=True)
 
 
 # ---- loading

@@ -37,9 +37,9 @@ from attention import (
     require_attention,
     require_pixel,
 )
-from checkpoint import load_network
+from checkpoint import base_of, load_network
 from classes import ADE20K, CITYSCAPES
-from data import IMAGE_ENDINGS, eval_items
+from data import IMAGE_ENDINGS, base_factor, eval_items
 from decode import decode_image
 from evaluate import predict_ids, tile_side, tiles
 from page import attention_html
@@ -181,17 +181,28 @@ class _Images(Dataset):
 
 
 def attention_page(
-    net: dnl.Network, image: Tensor, pixel: Pixel, caption: str, *, device: torch.device, side: int
+    net: dnl.Network,
+    image: Tensor,
+    pixel: Pixel,
+    caption: str,
+    *,
+    device: torch.device,
+    side: int,
+    base: int = 0,
 ) -> Image.Image:
-    """The sheet of a pixel of an image (3, H, W) uint8, or of its tile if there are several."""
+    """The sheet of a pixel of an image (3, H, W) uint8, or of its tile if there are several.
+
+    The maps are of what the network is fed at a scale of 1.
+    """
     x, y = pixel
     _, H, W = image.shape
-    for rows, columns in tiles(H, W, side):
+    factor = base_factor((H, W), base)
+    for rows, columns in tiles(H, W, max(1, int(side / (factor or 1)))):
         if y < rows.kept.stop and x < columns.kept.stop:
             break
     part = image[:, rows.seen, columns.seen].to(device)
     at = (x - columns.seen.start, y - rows.seen.start)
-    return attention_sheet([attention_row(net, part, at, caption, 2400)])
+    return attention_sheet([attention_row(net, part, at, caption, 2400, factor)])
 
 
 def result_endings(args: argparse.Namespace) -> list[str]:
@@ -230,7 +241,8 @@ def results(
     views = {"scales": args.scales, "flip": args.flip, "crop": args.crop, "amp": amp}
     side = tile_side(len(classes), args.crop)
     x = image.permute(2, 0, 1)
-    ids, confidence = predict_ids(net, x, quote(path), device=device, side=side, **views)
+    where: dict[str, Any] = {"device": device, "side": side, "base": base_of(checkpoint, args.base)}
+    ids, confidence = predict_ids(net, x, quote(path), **where, **views)
     if args.format == "cityscapes":
         yield ".png", png(Image.fromarray(CITYSCAPES_IDS[ids]))
         return
@@ -243,14 +255,14 @@ def results(
         yield "_confidence.png", png(Image.fromarray(confidence))
     if args.page:
         html = attention_html(
-            net, image.numpy(), ids, confidence, checkpoint, quote(path.name), args.label
+            net, image.numpy(), ids, confidence, checkpoint, quote(path.name), args.label, args.base
         )
         yield "_attention.html", lambda file: file.write(html.encode())
     if args.attention:
         column, row = args.attention
         require_pixel(args.attention, ids.shape[1], ids.shape[0], path)
         caption = f"{column},{row} {classes[ids[row, column]]}"
-        sheet = attention_page(net, x, args.attention, caption, device=device, side=side)
+        sheet = attention_page(net, x, args.attention, caption, **where)
         yield "_attention.png", png(sheet)
 
 
@@ -286,7 +298,7 @@ def parse_prediction(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--page", action="store_true", help=page)
     label = "with --page and one image: its label file, to measure the attention noise against"
     add("--label", type=Path, metavar="FILE", help=label)
-    args = parse_flags(parser, argv, "scales", "flip", "crop", "amp", "context", "workers")
+    args = parse_flags(parser, argv, "scales", "base", "flip", "crop", "amp", "context", "workers")
     if args.format != "masks" and (args.confidence or args.attention or args.page):
         raise InputError(f"--format {args.format}: leave out --confidence, --attention and --page")
     one = len(args.images) == 1 and not Path(args.images[0]).is_dir()

@@ -32,8 +32,6 @@ class Settings:
     """Training settings of a data set.
 
     batch: images a step, over all ranks. channels: C of the paper, of the reduced feature F.
-    relative: a scale of 1 brings the short side to the crop (ADE20K); otherwise it leaves the image
-    as it is.
     """
 
     lr: float
@@ -44,13 +42,12 @@ class Settings:
     backbone: str
     channels: int = 512
     scale: tuple[float, float] = (0.5, 2.0)
-    relative: bool = False
 
 
 SETTINGS = {  # cityscapes and ade20k: Section IV-A of the paper
     "synthetic": Settings(3e-2, 5e-4, 112, 8, 4, "resnet18", 128, (0.8, 1.25)),
     "cityscapes": Settings(1e-2, 5e-4, 768, 8, 240, "resnet101"),
-    "ade20k": Settings(2e-2, 1e-4, 608, 16, 240, "resnet101", relative=True),
+    "ade20k": Settings(2e-2, 1e-4, 608, 16, 240, "resnet101"),
     "folder": Settings(1e-2, 5e-4, 512, 8, 100, "resnet50"),
 }
 

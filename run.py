@@ -20,6 +20,7 @@ import dnl
 from checkpoint import (
     RUN_FIELDS,
     VERSION,
+    base_of,
     finish_save,
     read_checkpoint,
     read_if_readable,
@@ -90,6 +91,11 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """Runs with equal settings end with equal weights."""
         return settings_of(self.args, self.data, self.class_weights)
+
+    @property
+    def base(self) -> int:
+        """The short side of validation images, as evaluate.py has it for the checkpoint."""
+        return base_of({"settings": self.settings})
 
 
 # ---- the start

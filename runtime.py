@@ -161,6 +161,11 @@ FLAGS: dict[str, dict[str, Any]] = {  # the same in every script that takes a ch
     "root": {"help": "its folder (default: the checkpoint's)"},
     "split": {"default": "val", "help": "of the data set (default: val)"},
     "scales": {"type": float, "nargs": "+", "default": [1.0], "help": "averaged (default: 1.0)"},
+    "base": {
+        "type": int,
+        "help": "short side of images at a scale of 1.0; 0: as they are (default: the crop of the "
+        "training for ade20k, 0 for others)",
+    },
     "flip": {"action": "store_true", "help": "average with the mirrored image"},
     "crop": {"type": int, "help": "sliding windows of this size (default: the whole image)"},
     "amp": {"choices": ["auto", *AMP], "help": "precision (default: the checkpoint's)"},
@@ -186,6 +191,8 @@ def parse_flags(
         raise InputError(f"--workers {args.workers}: expected 0 or more")
     if "crop" in names and args.crop is not None and args.crop < 1:
         raise InputError(f"--crop {args.crop}: expected 1 or more")
+    if "base" in names and args.base is not None and not 0 <= args.base <= 8192:
+        raise InputError(f"--base {args.base}: expected 0 to 8192")
     for scale in args.scales if "scales" in names else ():
         if not 0.01 <= scale <= 10:
             raise InputError(f"--scales {scale}: expected 0.01 to 10")

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import recipe
-from data import IGNORE, color_jitter, normalize, train_batches
+from data import IGNORE, RELATIVE, color_jitter, normalize, train_batches
 from evaluate import evaluate, iou_table, scores
 from run import (
     Run,
@@ -124,7 +124,7 @@ def open_batches(run: Run) -> Generator[Batch, None, None]:
         world=run.world,
         crop=run.args.crop,
         scale=tuple(run.args.scale),
-        relative=recipe.SETTINGS[run.args.data].relative,
+        relative=run.args.data in RELATIVE,
         workers=run.args.workers,
         pin=run.device.type == "cuda",
     )
@@ -308,6 +308,7 @@ def validate(run: Run, net: nn.Module) -> dict[str, Any]:
             rank=run.rank,
             world=run.world,
             workers=run.args.workers,
+            base=run.base,
             amp=AMP[run.args.amp],
             progress=stop_at_signal,
         )

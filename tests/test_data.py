@@ -48,13 +48,12 @@ def test_classes_and_settings():
         240,
         512,
     )
-    assert (ade.lr, ade.weight_decay, ade.crop, ade.batch, ade.epochs, ade.relative) == (
+    assert (ade.lr, ade.weight_decay, ade.crop, ade.batch, ade.epochs) == (
         2e-2,
         1e-4,
         608,
         16,
         240,
-        True,
     )
 
 
