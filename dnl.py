@@ -9,10 +9,10 @@ torch alone and only defines names when it is imported: copy it into any project
 Symbols, channel-first, with N = H*W: Q, K (B, C', N), V (B, C, N), P (B, n, N), S_l (B, k*k, N).
 A map A is (B, N, N); row j holds the weights of receiving pixel j.
 
-Two routes lead to A''V. The map route (`denoised_maps`) makes A, A' and A'' as Section III tells
-it, with F.unfold. It defines what is right, and draws pictures of chosen pixels. Networks run the
-value route (`denoised_attention`): LR is linear in A' and its window slides over the keys, so it
-can act on the values instead, A''V = A'V~. Queries then go in chunks: exact, without N x N maps.
+The map route (`denoised_maps`) makes A, A' and A'' as Section III tells it, with F.unfold. It
+defines what is right, and draws pictures of chosen pixels. Networks run the value route
+(`denoised_attention`): LR is linear in A' and its window slides over the keys, so it can act on
+the values instead, A''V = A'V~. Queries then go in chunks: exact, and without N x N maps.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 Size = tuple[int, int]  # (H, W)
@@ -62,7 +61,7 @@ def local_similarity(q: Tensor, k: Tensor, size: Size, kernel: int = 3) -> Tenso
     r = kernel // 2
     q = at_least_fp32(q).unflatten(2, size)  # (B, C', H, W)
     k = F.pad(at_least_fp32(k).unflatten(2, size), (r, r, r, r))
-    logits = [(q * near).sum(1) for near in _windows(k, size, kernel)]
+    logits = [(q * k[near]).sum(1) for near in _windows(size, kernel)]
     return torch.stack(logits, 1).flatten(2).sigmoid()
 
 
@@ -91,8 +90,7 @@ def denoised_maps(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The map route: A, A' and A'' (Fig. 4), each (B, R, N), for the query pixels `queries` (R,),
     all N by default, in the memory of 20 maps. p None: no GR, A' = A. kernel 0: no LR, A'' = A'."""
-    rows = q if queries is None else q[:, :, queries]
-    a = rectified = affinity(rows, k)
+    a = rectified = affinity(q if queries is None else q[:, :, queries], k)
     if p is not None:
         rectified = global_rectify(a, class_affinity(p, queries))
     if not kernel:
@@ -110,12 +108,10 @@ def denoised_attention(
     kernel: int = 3,
     chunk: int | None = None,
 ) -> Tensor:
-    """The value route: A''V (the sum in eq. 3), (B, C, N), memory linear in N. Differentiable once.
-
+    """The value route: A''V (the sum in eq. 3), (B, C, N), memory linear in N. One derivative only.
     q, k (B, C', N), v (B, C, N), p (B, n, N) or None for no GR; kernel 0 for no LR. chunk: query
     pixels at a time, by default as memory allows; it changes the result by rounding only. Logits,
-    softmax and sigmoids are fp32 or better, also under autocast; the product with V~ has v's type.
-    """
+    softmax and sigmoids are fp32 or better, also under autocast; the product has the type of v."""
     if kernel:
         v = spread_values(v, local_similarity(q, k, size, kernel), size, kernel)
     q, k, values = at_least_fp32(q), at_least_fp32(k), v
@@ -123,8 +119,7 @@ def denoised_attention(
         p = at_least_fp32(p)
     if v.dtype == torch.float16:
         values = at_least_fp32(v)  # attention weights of 1/N underflow in fp16
-    n = q.shape[2]
-    if torch.compiler.is_compiling() and not isinstance(n, int):
+    if torch.compiler.is_compiling() and not isinstance(q.shape[2], int):
         # A loop over an unknown size cannot be exported: all queries are one chunk.
         a = denoised_maps(q, k, p, size, kernel=0)[1]  # A'
         with no_autocast(q):
@@ -132,7 +127,7 @@ def denoised_attention(
     if not chunk:
         # 4 MiB of a map in fp32 stay in a CPU's cache; 128 pixels or more keep products efficient.
         elements = 2**20 if q.device.type == "cpu" else 2**26
-        chunk = max(128, elements // max(1, q.shape[0] * n))
+        chunk = max(128, elements // max(1, q.shape[0] * q.shape[2]))
     return _RectifiedAttention.apply(q, k, values, p, chunk).to(v.dtype)
 
 
@@ -148,21 +143,18 @@ def no_autocast(x: Tensor) -> torch.autocast | nullcontext:
     return nullcontext()  # an exported program that holds an autocast block cannot be loaded
 
 
-def _windows(plane: Tensor, size: Size, kernel: int) -> list[Tensor]:
-    """For each offset d, the view of a plane padded by kernel // 2 that has p + d at pixel p."""
+def _windows(size, kernel):
+    """For each offset d: the index of the pixels p + d in a plane padded by kernel // 2."""
     H, W = size
-    offsets = product(range(kernel), repeat=2)
-    return [plane[:, :, y : y + H, x : x + W] for y, x in offsets]
+    return [(..., slice(y, y + H), slice(x, x + W)) for y, x in product(range(kernel), repeat=2)]
 
 
-def _zero_windows(v: Tensor, kernel: int) -> list[Tensor]:
-    """`_windows` of zeros, laid out as v (B, C, H, W): other strides make sums ten times slower."""
+def _zeros_around(v, kernel):
+    """Zeros for v (B, C, H, W) and its padding, laid out as v: other layouts are 10x slower."""
     B, C, H, W = v.shape
-    pad = 2 * (kernel // 2)
-    plane = v.new_zeros(B, C, H + pad, W + pad)
     if v.stride(1) == 1:  # channels innermost; F.pad does not see it in a batch of one
-        plane = v.new_zeros(B, H + pad, W + pad, C).permute(0, 3, 1, 2)
-    return _windows(plane, (H, W), kernel)
+        return v.new_zeros(B, H + kernel - 1, W + kernel - 1, C).permute(0, 3, 1, 2)
+    return v.new_zeros(B, C, H + kernel - 1, W + kernel - 1)
 
 
 class _Spread(torch.autograd.Function):
@@ -173,23 +165,25 @@ class _Spread(torch.autograd.Function):
         """V (B, C, H, W) and S_l (B, k*k, H, W) -> V~ (B, C, H, W)."""
         ctx.save_for_backward(v, s)
         ctx.kernel = kernel
-        windows = _zero_windows(v, kernel)
-        for d, window in enumerate(windows):
-            window.addcmul_(s[:, d, None], v)
-        return torch.empty_like(v).copy_(windows[len(windows) // 2])  # without the padding
+        windows = _windows(v.shape[2:], kernel)
+        plane = _zeros_around(v, kernel)
+        for d, near in enumerate(windows):
+            plane[near].addcmul_(s[:, d, None], v)
+        return torch.empty_like(v).copy_(plane[windows[kernel**2 // 2]])  # without the padding
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         """The gradient of V~ -> the gradients of V and S_l, in their shapes."""
         v, s = ctx.saved_tensors
-        windows = _zero_windows(v, ctx.kernel)
-        windows[len(windows) // 2].copy_(grad)
+        windows = _windows(v.shape[2:], ctx.kernel)
+        plane = _zeros_around(v, ctx.kernel)
+        plane[windows[ctx.kernel**2 // 2]] = grad
         grad_v = torch.zeros_like(v)
         grad_s = torch.empty_like(s)
-        for d, window in enumerate(windows):
-            grad_v.addcmul_(s[:, d, None], window)
-            grad_s[:, d] = (v * window).sum(1)
+        for d, near in enumerate(windows):
+            grad_v.addcmul_(s[:, d, None], plane[near])
+            grad_s[:, d] = (v * plane[near]).sum(1)
         return grad_v, grad_s, None
 
 
@@ -202,11 +196,10 @@ class _RectifiedAttention(torch.autograd.Function):
         """Q, K (B, C', N), V (B, C, N), P (B, n, N) or None -> A'V (B, C, N)."""
         ctx.save_for_backward(q, k, v, p)
         ctx.chunk = chunk
-        B, C, N = v.shape
-        out = v.new_empty(B, N, C)
+        out = v.new_empty(v.mT.shape)
         with no_autocast(q):
             buffers = _buffers(q, p, chunk)
-            for start in range(0, N, chunk):
+            for start in range(0, v.shape[2], chunk):
                 rows = slice(start, start + chunk)
                 a, p_class = _chunk_maps(q, k, p, rows, buffers)
                 if p_class is not None:
@@ -260,14 +253,11 @@ def _chunk_maps(q, k, p, rows, buffers):
     return a, torch.bmm(p[:, :, rows].mT, p, out=buffers[1]).sigmoid_()
 
 
-# -------------------------------------------------------------------------------------- the block
 class DenoisedNonLocal(nn.Module):
     """F' = gamma A''V + F (eq. 3), a block for any network: (B, channels, H, W) -> the same shape.
-
     Q, K and V are 1x1 convolutions of F without bias. gamma starts at 0, so a fresh block is the
     identity. gr, lr: whether GR and LR are used. GR's P is a 1x1 convolution of F, or any
-    (B, n, H, W) that the caller hands to `forward`; with num_classes 0 the caller has to.
-    """
+    (B, n, H, W) that the caller hands to `forward`; with num_classes 0 the caller has to."""
 
     def __init__(
         self,
@@ -282,8 +272,8 @@ class DenoisedNonLocal(nn.Module):
         super().__init__()
         if not lr:
             kernel = 0
-        if kernel and kernel % 2 == 0:
-            raise ValueError(f"kernel {kernel}: LR's window needs an odd size")
+        if kernel and (kernel < 0 or kernel % 2 == 0):
+            raise ValueError(f"kernel {kernel}: LR's window needs an odd size above 0; 0 is no LR")
         key_channels = key_channels or max(1, channels // 8)
         self.gr, self.kernel = gr, kernel
         self.query = nn.Conv2d(channels, key_channels, 1, bias=False)
@@ -293,8 +283,12 @@ class DenoisedNonLocal(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1))
 
     def class_predictions(self, f: Tensor, p: Tensor | None = None) -> Tensor:
-        """P (B, n, H, W): p if it is given, else the block's own 1x1 convolution of F."""
+        """P (B, n, H, W): the given p, if it fits F, else the block's own 1x1 convolution of F."""
         if p is not None:
+            like = p.is_floating_point() and at_least_fp32(p).dtype == at_least_fp32(f).dtype
+            if not like or p[:, :1].shape != f[:, :1].shape:
+                got = f"p {tuple(p.shape)}, {p.dtype}, for F {tuple(f.shape)}, {f.dtype}"
+                raise ValueError(f"{got}: expected (B, n, H, W) with F's B, H, W and type")
             return p
         if self.coarse is None:
             raise ValueError("no num_classes: hand forward the class predictions p (B, n, H, W)")
@@ -373,11 +367,9 @@ LAYOUTS = {  # block, its expansion, blocks in each layer, torchvision's ImageNe
 
 class ResNet(nn.Module):
     """A ResNet dilated to stride 8: image (B, 3, H, W) -> (res2, res3, X), all about H/8 x W/8.
-
     Parameters have the names of torchvision, or with a deep stem of PyTorch-Encoding's resnet101s,
     without fc. Layer3 has dilation 2; layer4 has 4, or 4, 8, 16 with `multi_grid`. With `recompute`
-    the backward computes each block's activations again, to save memory.
-    """
+    the backward computes each block's activations again, to save memory."""
 
     def __init__(self, name: str, *, deep_stem: bool = False, multi_grid: bool = False) -> None:
         super().__init__()
@@ -433,7 +425,7 @@ def _recomputed(block: nn.Module, x: Tensor) -> Tensor:
     copies: dict[str, Tensor] = {}
 
     def run(x: Tensor) -> Tensor:
-        y = functional_call(block, copies, x)
+        y = torch.func.functional_call(block, copies, x)
         copies.update({name: b.clone() for name, b in block.named_buffers()})
         return y
 
@@ -513,31 +505,37 @@ class Network(nn.Module):
             self.aux2 = nn.Conv2d(res2, n, 1)
             self.aux3 = nn.Conv2d(res3, n, 1)
 
-    def features(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """res2, res3, X at stride 8, F at stride 16, P at F's size (None if nothing takes it)."""
+    def features(
+        self, image: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
+        """res2, the res3 head's logits (None if unused) and X at stride 8, F at stride 16, and P at
+        F's size (None if nothing takes it)."""
         res2, res3, x = self.backbone(image)
         f = self.down(self.reduce(x))
-        p = None
+        aux3 = p = None
+        if self.training:
+            aux3 = self.aux3(res3)
         if isinstance(self.context, DenoisedNonLocal) and self.context.gr:
             if self.config.p_from == "feature":
                 p = self.context.class_predictions(f)
             else:
-                p = resize(self.aux3(res3), f.shape[2:]).softmax(1)
-        return res2, res3, x, f, p
+                if aux3 is None:  # in training P and the loss share one run of the head
+                    aux3 = self.aux3(res3)
+                p = resize(aux3, f.shape[2:]).softmax(1)
+        return res2, aux3, x, f, p
 
     def forward(self, image: Tensor, full_size: bool = True) -> Tensor | tuple[Tensor, ...]:
         """image (B, 3, H, W), normalised, any size -> logits (B, n, H, W). In training a tuple: the
         logits, the auxiliary ones of res2 and res3, and P if it is supervised (eq. 5). full_size
         False leaves each at its own size (stride 8; P 16): a loss may resize image by image."""
-        res2, res3, x, f, p = self.features(image)
+        res2, aux3, x, f, p = self.features(image)
         f = self.context(f) if p is None else self.context(f, p)
-        f = self.refine(resize(f, x.shape[2:]))
-        parts = [x, f.to(x.dtype)]  # under autocast gamma has widened f
+        parts = [x, self.refine(resize(f, x.shape[2:])).to(x.dtype)]  # gamma widens in autocast
         if self.pool is not None:
             parts.append(self.pool(x.mean((2, 3), keepdim=True)).expand(-1, -1, *x.shape[2:]))
         outputs = [self.head(torch.cat(parts, 1))]
         if self.training:
-            outputs += [self.aux2(res2), self.aux3(res3)]
+            outputs += [self.aux2(res2), aux3]
             if self.config.p_supervised:
                 outputs.append(p)
         if full_size:
@@ -578,11 +576,9 @@ def build(config: Config, context: Callable[[int, int], nn.Module] | None = None
     return Network(c, module)
 
 
-# ---------------------------------------------------------------------------------------- weights
 def check_fit(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """ValueError that lists missing, unexpected and misshapen keys, unless `state` fits `module`,
-    which may be on the meta device. `num_batches_tracked` may be missing, as in old files.
-    source: what the error calls the state."""
+    """ValueError with the keys that are missing, unexpected or misshapen, if `state` (in the error:
+    `source`) does not fit `module`. `num_batches_tracked` may be missing, as in old files."""
     own = module.state_dict()
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
     unexpected = [k for k in state if k not in own]

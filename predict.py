@@ -2,6 +2,7 @@
 
     python predict.py best.pt photo.jpg folder/        # predictions/NAME.png and NAME_overlay.png
     python predict.py best.pt photo.jpg --confidence --attention 400,300    # x 400, y 300
+    python predict.py best.pt photo.jpg --page    # NAME_attention.html: click a pixel, see its maps
     torchrun --nproc-per-node 8 predict.py best.pt leftImg8bit/test --format cityscapes
 
 NAME is the image's name relative to the given folder. Masks have the size of the upright image
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ from classes import ADE20K, CITYSCAPES
 from data import IMAGE_ENDINGS, base_factor, eval_items
 from decode import decode_image
 from evaluate import predict_ids, tile_side, tiles
+from page import attention_html
 from pictures import colorize, overlay
 from runtime import (
     AMP,
@@ -63,7 +65,8 @@ from runtime import (
 SERVER_CLASSES = {"cityscapes": tuple(CITYSCAPES), "ade20k": ADE20K}
 CITYSCAPES_IDS = np.array([values[0] for values in CITYSCAPES.values()], np.uint8)
 Found = list[tuple[Path, str]]  # image, name of its results
-Results = Iterator[tuple[str, Image.Image]]  # ending of the file's name, picture
+Save = Callable[[BinaryIO], object]  # writes into an open file
+Results = Iterator[tuple[str, Save]]  # ending of the file's name, its content
 
 # ---- files
 
@@ -211,7 +214,14 @@ def result_endings(args: argparse.Namespace) -> list[str]:
         endings.append("_confidence.png")
     if args.attention:
         endings.append("_attention.png")
+    if args.page:
+        endings.append("_attention.html")
     return endings
+
+
+def png(picture: Image.Image) -> Save:
+    """What writes a picture as a PNG."""
+    return partial(picture.save, format="PNG")
 
 
 def results(
@@ -234,21 +244,27 @@ def results(
     where: dict[str, Any] = {"device": device, "side": side, "base": base_of(checkpoint, args.base)}
     ids, confidence = predict_ids(net, x, quote(path), **where, **views)
     if args.format == "cityscapes":
-        yield ".png", Image.fromarray(CITYSCAPES_IDS[ids])
+        yield ".png", png(Image.fromarray(CITYSCAPES_IDS[ids]))
         return
     if args.format == "ade20k":
-        yield ".png", Image.fromarray(ids + np.uint8(1))
+        yield ".png", png(Image.fromarray(ids + np.uint8(1)))
         return
-    yield ".png", colorize(ids, colors)
-    yield "_overlay.png", overlay(image.numpy(), quote(path.name), ids, classes, colors)
+    yield ".png", png(colorize(ids, colors))
+    yield "_overlay.png", png(overlay(image.numpy(), quote(path.name), ids, classes, colors))
     if args.confidence:
-        yield "_confidence.png", Image.fromarray(confidence)
+        yield "_confidence.png", png(Image.fromarray(confidence))
+    if args.page:
+        factor = base_factor(ids.shape, where["base"])
+        html = attention_html(
+            net, image.numpy(), ids, confidence, checkpoint, quote(path.name), args.label, factor
+        )
+        yield "_attention.html", lambda file: file.write(html.encode())
     if args.attention:
         column, row = args.attention
         require_pixel(args.attention, ids.shape[1], ids.shape[0], path)
         caption = f"{column},{row} {classes[ids[row, column]]}"
-        page = attention_page(net, x, args.attention, caption, **where)
-        yield "_attention.png", page
+        sheet = attention_page(net, x, args.attention, caption, **where)
+        yield "_attention.png", png(sheet)
 
 
 def image_failure(error: Exception, path: Path) -> str:
@@ -279,9 +295,16 @@ def parse_prediction(argv: Sequence[str] | None = None) -> argparse.Namespace:
     confidence = "also the probability of the predicted class, white is 1"
     add("--confidence", action="store_true", help=confidence)
     add("--attention", metavar="X,Y", type=pixel_of, help="also the attention maps of this pixel")
+    page = "also a page of the maps of any pixel; an image above 1024x2048 pixels is reduced"
+    add("--page", action="store_true", help=page)
+    label = "with --page and one image: its label file, to measure the attention noise against"
+    add("--label", type=Path, metavar="FILE", help=label)
     args = parse_flags(parser, argv, "scales", "base", "flip", "crop", "amp", "context", "workers")
-    if args.format != "masks" and (args.confidence or args.attention):
-        raise InputError(f"--format {args.format}: leave out --confidence and --attention")
+    if args.format != "masks" and (args.confidence or args.attention or args.page):
+        raise InputError(f"--format {args.format}: leave out --confidence, --attention and --page")
+    one = len(args.images) == 1 and not Path(args.images[0]).is_dir()
+    if args.label and not (args.page and one):
+        raise InputError(f"--label {quote(args.label)}: expected --page and one image")
     return args
 
 
@@ -302,8 +325,8 @@ def predict_all(
         try:
             if isinstance(image, Exception):
                 raise image
-            for ending, picture in make(image, path):
-                write_result(args.out / (name + ending), partial(picture.save, format="PNG"))
+            for ending, save in make(image, path):
+                write_result(args.out / (name + ending), save)
             done += 1
         except (ValueError, OSError, SystemError, RuntimeError, MemoryError) as e:
             failed += 1  # this image; the others are still computed
@@ -334,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if classes != SERVER_CLASSES.get(args.format, classes):
             got = f"{quote(args.checkpoint)}: trained on {checkpoint['data']}"
             raise InputError(f"{got}; expected {args.format}: leave out --format {args.format}")
-        if args.attention:
+        if args.attention or args.page:
             require_attention(net, args.checkpoint)
         if others and rank == 0:
             print_line(f"left out, names without an image ending: {list_names(others)}", error=True)

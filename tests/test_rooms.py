@@ -21,11 +21,12 @@ ROOMS = {  # each file: what it may import of the project; CONTRIBUTING.md tells
     "checkpoint": "classes data dnl runtime",
     "recipe": "data dnl runtime",
     "attention": "classes data dnl pictures runtime",
+    "page": "attention decode dnl pictures runtime",
     "evaluate": "checkpoint data dnl runtime",
     "run": "checkpoint data dnl recipe runtime",
     "watch": "data evaluate pictures recipe run runtime",
     "train": "checkpoint data dnl evaluate recipe run runtime watch",
-    "predict": "attention checkpoint classes data decode dnl evaluate pictures runtime",
+    "predict": "attention checkpoint classes data decode dnl evaluate page pictures runtime",
     "hubconf": "checkpoint dnl",
 }
 COMMANDS = {"train", "predict", "check"}  # paper/ may name their paths, and imports none of them
