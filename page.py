@@ -21,6 +21,8 @@ from torch import Tensor
 
 import dnl
 from attention import attention_inputs
+from checkpoint import base_of
+from data import base_factor, scaled
 from decode import decode_label
 from pictures import Picture, colorize, heat
 from runtime import InputError, quote
@@ -38,12 +40,13 @@ def attention_html(
     checkpoint: dict[str, Any],
     name: str,
     label: Path | None = None,
-    factor: float | None = None,
+    base: int | None = None,
 ) -> str:
     """The page of an image (H, W, 3) uint8 called `name`. The network passes `require_attention`.
 
-    ids, confidence (H, W) uint8: as of `evaluate.predict_ids`. label: the image's label file.
-    factor: of `data.base_factor`. InputError if the label cannot be read or has another size.
+    ids, confidence (H, W) uint8: as of `evaluate.predict_ids`. label: the image's label file. base:
+    --base, if given.
+    InputError if it cannot be read or has another size.
     """
     layers = {"predicted": ids}
     against = "the predicted classes, since no label was given"
@@ -55,7 +58,7 @@ def attention_html(
             raise InputError(f"{quote(label)}: got {W}x{H} pixels, expected {expected}")
         against = f"the true classes, of {quote(label.name)}"
     photo = Image.fromarray(image)
-    data = network_part(net, photo, factor)
+    data = network_part(net, photo, base_of(checkpoint, base))
     size = data["size"]
     photo.thumbnail((PHOTO, PHOTO), Resampling.BILINEAR)
     data["photo"] = data_url(photo, "jpeg", quality=85)
@@ -76,21 +79,20 @@ def attention_html(
 
 
 @torch.inference_mode()
-def network_part(net: dnl.Network, photo: Picture, factor: float | None) -> dict[str, Any]:
+def network_part(net: dnl.Network, photo: Picture, base: int) -> dict[str, Any]:
     """What the page needs of the network, and the sizes of the photograph and of F."""
     block = cast(dnl.DenoisedNonLocal, net.context)  # require_attention has checked this
     W, H = photo.size
     facts = f"{W}x{H} pixels"
+    factor = base_factor((H, W), base)
     most = (PIXELS / (W * H)) ** 0.5
-    if most < (factor or 1):
+    if most < (factor or 1):  # too many for a page
         factor = most
-        facts += ", too many for a page"
     if factor is not None:
-        fed = (max(1, round(W * factor)), max(1, round(H * factor)))
-        photo = photo.resize(fed, Resampling.BILINEAR)
-        facts += f": computed at {photo.width}x{photo.height}"
+        height, width = scaled((H, W), factor)
+        facts += f", computed at {width}x{height}"
     image = torch.from_numpy(np.array(photo)).permute(2, 0, 1)
-    q, k, p, size = attention_inputs(net, image.to(block.gamma.device))
+    q, k, p, size = attention_inputs(net, image.to(block.gamma.device), factor)
     h, w = size
     titles = {"A": "A: softmax of Q·K"}
     if p is not None:

@@ -254,9 +254,8 @@ def results(
     if args.confidence:
         yield "_confidence.png", png(Image.fromarray(confidence))
     if args.page:
-        factor = base_factor(ids.shape, where["base"])
         html = attention_html(
-            net, image.numpy(), ids, confidence, checkpoint, quote(path.name), args.label, factor
+            net, image.numpy(), ids, confidence, checkpoint, quote(path.name), args.label, args.base
         )
         yield "_attention.html", lambda file: file.write(html.encode())
     if args.attention:

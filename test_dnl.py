@@ -11,6 +11,7 @@ import zlib
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -605,35 +606,30 @@ def test_recompute_changes_neither_gradients_nor_statistics(config):
 
 # -------------------------------------------------------------------------------------- the network
 
-SWITCHES: list[tuple[str, dict[str, object]]] = [
-    ("paper", s)
-    for s in (
-        {},
-        {"gr": False},
-        {"lr": False},
-        {"gr": False, "lr": False},
-        {"kernel": 5},
-        {"p_supervised": True},
-        {"p_supervised": True, "lr": False},
-        {"p_from": "res3"},
-        {"context": "nl"},
-        {"context": "none"},
-        {"context": "mine:conv"},
-    )
+PAPER_SWITCHES: list[dict[str, Any]] = [
+    {},
+    {"gr": False},
+    {"lr": False},
+    {"gr": False, "lr": False},
+    {"kernel": 5},
+    {"p_supervised": True},
+    {"p_supervised": True, "lr": False},
+    {"p_from": "res3"},
+    {"context": "nl"},
+    {"context": "none"},
+    {"context": "mine:conv"},
 ]
-SWITCHES += [
-    ("released", s)
-    for s in (
-        {},
-        {"gr": False},
-        {"lr": False},
-        {"gr": False, "lr": False},
-        {"p_from": "feature", "p_supervised": True},
-        {"context": "nl"},
-        {"context": "none"},
-        {"context": "mine:conv"},
-    )
+RELEASED_SWITCHES: list[dict[str, Any]] = [
+    {},
+    {"gr": False},
+    {"lr": False},
+    {"gr": False, "lr": False},
+    {"p_from": "feature", "p_supervised": True},
+    {"context": "nl"},
+    {"context": "none"},
+    {"context": "mine:conv"},
 ]
+SWITCHES = [("paper", s) for s in PAPER_SWITCHES] + [("released", s) for s in RELEASED_SWITCHES]
 
 
 @pytest.mark.parametrize("preset, switches", SWITCHES, ids=str)

@@ -406,7 +406,7 @@ def test_wrong_flags_are_one_line(checkpoint, photo, tmp_path, capsys):
 
 
 def test_a_page_of_1024_x_2048_has_at_most_6_mb(tmp_path, monkeypatch):
-    def inputs(net, image):
+    def inputs(net, image, factor):
         assert image.shape == (3, 1024, 2048)
         q, k, p = (torch.randn(1, n, 8192) for n in (64, 64, 19))
         return q, k, p, (64, 128)

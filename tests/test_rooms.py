@@ -21,7 +21,7 @@ ROOMS = {  # each file: what it may import of the project; CONTRIBUTING.md tells
     "checkpoint": "classes data dnl runtime",
     "recipe": "data dnl runtime",
     "attention": "classes data dnl pictures runtime",
-    "page": "attention decode dnl pictures runtime",
+    "page": "attention checkpoint data decode dnl pictures runtime",
     "evaluate": "checkpoint data dnl runtime",
     "run": "checkpoint data dnl recipe runtime",
     "watch": "data evaluate pictures recipe run runtime",
