@@ -425,6 +425,6 @@ def test_a_larger_image_is_reduced(browser, tmp_path, monkeypatch):
     write_page(network(), tmp_path / "p.html")
     data = data_of(tmp_path / "p.html")
     assert data["image"] == [W, H]
-    assert data["facts"].startswith("145x97 pixels, too many for a page: computed at 72x48; F 5x3;")
+    assert data["facts"].startswith("145x97 pixels, computed at 72x48; F 5x3;")
     browser.open(tmp_path / "p.html", f"#{W - 1},{H - 1}")
     assert browser.text("pixel").startswith(f"{W - 1}, {H - 1}: ")
