@@ -29,6 +29,7 @@ from runtime import (
     FLAGS,
     InputError,
     Parser,
+    autocast,
     choose_amp,
     counted,
     distributed,
@@ -109,7 +110,7 @@ def _views(net: nn.Module, x: Tensor, flip: bool, amp: torch.dtype | None) -> Te
         return (plain + mirrored.flip(3)) / 2
     if x.device.type == "cpu" and min(x.shape[2:]) < NARROW:
         amp = None  # oneDNN's bf16 convolutions read memory that nobody wrote
-    with torch.autocast(x.device.type, amp or torch.bfloat16, enabled=amp is not None):
+    with autocast(x.device, amp):
         logits = net(x)
     return logits.float().softmax(1)
 
@@ -313,7 +314,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(description="mIoU of a checkpoint")
     parser.add_argument("checkpoint")
     args = parse_flags(parser, argv, *FLAGS)
-    with distributed(timedelta(days=1)) as (rank, world, device):  # for the slowest rank
+    with distributed(args.device, timedelta(days=1)) as (
+        rank,
+        world,
+        device,
+    ):  # for the slowest rank
         net, checkpoint = load_network(args.checkpoint, device, args.context)
         dataset = open_like(checkpoint, args.data, args.root, args.split, args.checkpoint)
         amp = choose_amp(args.amp or checkpoint["amp"], device)

@@ -180,7 +180,7 @@ class _Images(Dataset):
 # ---- results
 
 
-def attention_page(
+def pixel_sheet(
     net: dnl.Network,
     image: Tensor,
     pixel: Pixel,
@@ -262,7 +262,7 @@ def results(
         column, row = args.attention
         require_pixel(args.attention, ids.shape[1], ids.shape[0], path)
         caption = f"{column},{row} {classes[ids[row, column]]}"
-        sheet = attention_page(net, x, args.attention, caption, **where)
+        sheet = pixel_sheet(net, x, args.attention, caption, **where)
         yield "_attention.png", png(sheet)
 
 
@@ -298,7 +298,8 @@ def parse_prediction(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--page", action="store_true", help=page)
     label = "with --page and one image: its label file, to measure the attention noise against"
     add("--label", type=Path, metavar="FILE", help=label)
-    args = parse_flags(parser, argv, "scales", "base", "flip", "crop", "amp", "context", "workers")
+    flags = ("scales", "base", "flip", "crop", "amp", "context", "workers", "device")
+    args = parse_flags(parser, argv, *flags)
     if args.format != "masks" and (args.confidence or args.attention or args.page):
         raise InputError(f"--format {args.format}: leave out --confidence, --attention and --page")
     one = len(args.images) == 1 and not Path(args.images[0]).is_dir()
@@ -350,7 +351,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.format == "cityscapes":
         found = server_names(found)
     check_targets(found, args.out, result_endings(args))
-    with distributed(timedelta(days=1)) as (rank, world, device):  # for the slowest rank
+    with distributed(args.device, timedelta(days=1)) as (
+        rank,
+        world,
+        device,
+    ):  # for the slowest rank
         net, checkpoint = load_network(args.checkpoint, device, args.context)
         classes = tuple(checkpoint["classes"])
         if classes != SERVER_CLASSES.get(args.format, classes):

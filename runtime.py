@@ -1,8 +1,4 @@
-"""What every script starts, says and ends with.
-
-Wrong input as one line, printing, whole-file writes, the argument parser, the exit status; ranks,
-device, precision, signals.
-"""
+"""What the scripts share: errors, messages, files, flags, exit status; ranks, device, signals."""
 
 import argparse
 import io
@@ -68,7 +64,7 @@ def on_terminal(stream: TextIO | None) -> bool:
 
 
 def discard_output(stream: TextIO) -> None:
-    """Discard what could not be written. Otherwise every later flush fails, and the exit too."""
+    """Send the stream to /dev/null. Otherwise every later flush, and the exit, would fail."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, stream.fileno())
     os.close(null)
@@ -195,6 +191,7 @@ FLAGS: dict[str, dict[str, Any]] = {  # the same in every script that takes a ch
     "amp": {"choices": ["auto", *AMP], "help": "precision (default: the checkpoint's)"},
     "context": {"help": "MODULE:FACTORY, again, if training was given one"},
     "workers": {"type": int, "default": 2, "help": "reading processes a rank (default: 2)"},
+    "device": {"default": "auto", "help": "auto, cpu, cuda, cuda:N or mps (default: auto)"},
     "json": {"action": "store_true", "help": "print one JSON object as the last line"},
 }
 
@@ -258,7 +255,7 @@ def failure_line(error: BaseException) -> str | None:
     text = str(error)
     no_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
     if no_memory or "allocate memory" in text:  # the CPU's allocator raises a plain RuntimeError
-        return "out of memory: lower --batch (train.py), or give --crop (the others)"
+        return "out of memory: try --recompute or --accumulate 2 (train.py), or --crop 768 (others)"
     for part, line in FAILURES.items():
         if part in text:
             return line
@@ -301,7 +298,7 @@ def run_script(main: Callable[[], int | None], needs_output: bool = True) -> Non
 
 
 def kill_children() -> None:
-    """Kill processes that are left, such as stopped ones that read images: the exit would wait."""
+    """Kill children that are left, such as stopped readers: otherwise the exit waits for them."""
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for each
     for process in multiprocessing.active_children():
@@ -314,8 +311,8 @@ def kill_children() -> None:
 def sum_over_ranks(numbers: Sequence[float], failure: InputError | None = None) -> list[float]:
     """The sums of plain numbers over all ranks, on the CPU: a GPU is not waited for.
 
-    If one rank brings a failure, every rank raises: that rank its own, the others one that says so.
-    This is the only way in which a failure reaches the other ranks, which would wait for ever.
+    If one rank brings a failure, every rank raises: that rank its own error, the others one that
+    says so. An InputError reaches the other ranks only here; else they wait until the timeout.
     """
     if not dist.is_initialized():
         if failure is not None:
@@ -360,31 +357,40 @@ def read_ranks() -> tuple[int, int, int]:
     return rank, world, local
 
 
-def local_device(local: int) -> torch.device:
-    """The GPU of a local rank, or the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    count = torch.cuda.device_count()
-    if local >= count:
+def find_device(asked: str, local: int = 0) -> torch.device:
+    """The device that --device names, for a local rank; auto: the accelerator, or the CPU."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    kind = "cpu" if accelerator is None else accelerator.type
+    try:
+        device = torch.device(kind if asked == "auto" else asked)
+    except RuntimeError:
+        raise InputError(f"--device {asked}: expected auto, cpu, cuda, cuda:N or mps") from None
+    if device.type not in ("cpu", kind):
+        raise InputError(f"--device {asked}: not on this machine: leave it out, or give cpu")
+    if device.type != "cuda":
+        return torch.device(device.type)
+    index = local if device.index is None else device.index
+    count = torch.accelerator.device_count()
+    if index >= count:
         raise InputError(
-            f"local rank {local} has no GPU, the machine has {count}: lower --nproc-per-node"
+            f"there is no GPU {index}, the machine has {count}: lower --nproc-per-node, or give "
+            "another --device"
         )
-    torch.cuda.set_device(local)
-    return torch.device("cuda", local)
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 @contextmanager
 def distributed(
-    timeout: timedelta = timedelta(minutes=10),
+    asked: str = "auto", timeout: timedelta = timedelta(minutes=10)
 ) -> Iterator[tuple[int, int, torch.device]]:
-    """(rank, world, device), and the process group for as long as the block runs, if there are
-    several ranks.
+    """(rank, world, device); with several ranks also the process group, while the block runs.
 
-    nccl sums tensors of GPUs, gloo those of CPUs. A rank that waits longer than the timeout for
-    another gives up.
+    asked: --device. nccl sums tensors of GPUs, gloo those of CPUs. A rank that waits longer than
+    the timeout for another gives up.
     """
     rank, world, local = read_ranks()
-    device = local_device(local)
+    device = find_device(asked, local)
     if world > 1:
         store = next(dist.rendezvous("env://"))[0]
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
@@ -421,6 +427,11 @@ def choose_amp(amp: str, device: torch.device) -> str:
     return "bf16" if fast else "off"
 
 
+def autocast(device: torch.device, amp: torch.dtype | None) -> torch.autocast:
+    """Mixed precision of a type of AMP; None switches it off."""
+    return torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None)
+
+
 def choose_kernels(deterministic: bool) -> None:
     """For this process: the fastest convolutions of the GPU, or repeatable kernels."""
     torch.backends.cudnn.benchmark = not deterministic
@@ -447,7 +458,7 @@ def peak_memory(device: torch.device) -> float:
 
 def existing_signals(*names: str) -> list[signal.Signals]:
     """The signals of these names that the system has."""
-    return [signal.Signals[name] for name in names if name in signal.Signals.__members__]
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]
 
 
 # A terminal or Slurm sends these to every process of a group, loader processes included.

@@ -28,7 +28,7 @@ import recipe
 import runtime
 import train
 from data import IGNORE
-from run import Run, connect, start_run
+from run import Run, start_run, wrap_network
 from runtime import InputError
 
 
@@ -132,10 +132,10 @@ def gradients(rank, world, port, dtype, accumulate, out):
         rank=rank,
         world=world,
         device=torch.device("cpu"),
-        weights=torch.ones(3),
+        loss_weights=torch.ones(3),
         sums=torch.zeros(3, dtype=torch.float64),
     )
-    connect(run)
+    wrap_network(run)
     g = torch.Generator().manual_seed(1)
     images, labels = (
         torch.randint(0, 256, (4, 3, 40, 40), generator=g).byte(),
@@ -224,8 +224,8 @@ def test_notes_where_the_papers_recipe_is_left():
 
 
 def test_other_settings_are_refused_by_name(run_folder, street):
-    with pytest.raises(InputError, match=r"lr 0.01 -> 0.5.*--out"):
-        trained(run_folder, street, "--lr", 0.5)
+    with pytest.raises(InputError, match=r"momentum 0.9 -> 0.5.*--out"):
+        trained(run_folder, street, "--momentum", 0.5)
 
 
 def test_loss_that_is_not_finite(street, tmp_path, monkeypatch, stub):
