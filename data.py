@@ -380,7 +380,8 @@ def color_jitter(images: Tensor, factors: Tensor) -> Tensor:
 
     In this order: times brightness; contrast about the image's mean grey; saturation about the
     pixel's grey; hue turned about the grey axis (in YIQ). All are affine in RGB: one 3x3 matrix
-    and one offset for each image, made on the CPU, so that no GPU is waited for.
+    and one offset for each image, made on the CPU, so that no GPU is waited for. Rows and columns
+    that are all PAD are padding: they do not count in the mean, and become MEAN.
     """
     images, device = images.float(), images.device
     brightness, contrast, saturation, hue = factors.float().cpu().view(-1, 4, 1, 1).unbind(1)
@@ -396,16 +397,21 @@ def color_jitter(images: Tensor, factors: Tensor) -> Tensor:
     offset = (1 - contrast) * brightness * to_yiq[0]  # (B, 1, 3), of the mean colour
     matrix = matrix.to(device, non_blocking=True)
     offset = offset.to(device, non_blocking=True)
-    # Saturation and hue leave the mean grey as it is.
-    grey = (images.mean((2, 3))[:, None] * offset).sum(2, keepdim=True)
-    return (matrix @ images.flatten(2) + grey).clamp(0, 255).view_as(images)
+    # Of two tensors, for torch divides by a number inexactly: it is 1 without padding.
+    ratio = torch.ones_like(inside).sum((1, 2, 3)) / inside.sum((1, 2, 3)).clamp(min=1)
+    mean = (images * inside).mean((2, 3)) * ratio[:, None]
+    grey = (mean[:, None] * offset).sum(2, keepdim=True)  # saturation and hue leave it as it is
+    result = (matrix @ images.flatten(2) + grey).clamp(0, 255).view_as(images)
+    return torch.where(inside, result, _channels(MEAN, images))
+
+
+def _channels(values: tuple[float, float, float], like: Tensor) -> Tensor:
+    return torch.tensor(values).view(3, 1, 1).to(like.device, non_blocking=True)
 
 
 def normalize(images: Tensor) -> Tensor:
     """Images (B, 3, H, W), 0..255, to float32 with ImageNet's mean and deviation."""
-    mean = torch.tensor(MEAN).view(3, 1, 1).to(images.device, non_blocking=True)
-    std = torch.tensor(STD).view(3, 1, 1).to(images.device, non_blocking=True)
-    return (images.float() - mean) / std
+    return (images.float() - _channels(MEAN, images)) / _channels(STD, images)
 
 
 # ---- loading
@@ -479,6 +485,8 @@ def eval_images(
     keys = [(index,) for index in eval_items(len(dataset), rank, world)]
     return _batches(partial(_eval_item, dataset), workers, sampler=keys, batch_size=None)
 
+    drawn = (images != _channels(PAD, images).to(images)).any(1, keepdim=True)
+    inside = drawn.any(2, keepdim=True) & drawn.any(3, keepdim=True)  # (B, 1, H, W)
 
 def _eval_item(dataset: DataSet, index: int) -> tuple[int, Tensor, Tensor | None]:
     image, label = read(dataset, index)

@@ -515,6 +515,22 @@ def test_workers_outlive_signals_to_the_group_from_their_first_moment(monkeypatc
             os.kill(os.getpid(), number)
         ready(worker)
 
+def test_padding_is_no_colour():
+    """It is 0 after normalising, and does not count in the mean that contrast is about."""
+    factors = torch.stack([data.draw_jitter(RNG(i)) for i in range(2)])
+    part = torch.from_numpy(noise(9, 7)).permute(2, 0, 1)
+    padded = torch.tensor(data.PAD, dtype=torch.uint8).view(3, 1, 1).repeat(2, 1, 16, 16)
+    padded[0, :, :9, :7] = part
+    padded[1, :, :9, 9:] = part.flip(2)  # as of a flipped sample
+    out = data.normalize(data.color_jitter(padded, factors))
+    plain = data.normalize(data.color_jitter(torch.stack([part, part.flip(2)]), factors))
+    assert torch.allclose(out[0, :, :9, :7], plain[0], atol=1e-5)
+    assert torch.allclose(out[1, :, :9, 9:], plain[1], atol=1e-5)
+    assert (out != 0).any(1).sum() == 2 * 9 * 7
+    nothing = data.color_jitter(padded[:1, :, 10:], factors[:1])
+    assert not data.normalize(nothing).any()
+
+
     monkeypatch.setattr(data, "_leave_signals", signalled)
     steps = data.train_batches(
         scenes(6), seed=0, batch=6, start=0, stop=40, rank=0, world=1, crop=8, workers=2
