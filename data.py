@@ -14,9 +14,11 @@ import hashlib
 import math
 import os
 import signal
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, replace
+import unicodedata
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 import synthetic
 from cache import Copy, open_copy
 from classes import IGNORE, Color, classes_of
-from decode import decode_image, decode_label
+from decode import decode_image, decode_label, header
 from runtime import GROUP_SIGNALS, InputError, counted, quote
 
 NAMES = ("synthetic", "cityscapes", "ade20k", "folder")
@@ -37,6 +39,7 @@ SPLITS = ("train", "val", "trainval", "test")
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet, 0..255
 PAD = (124, 116, 104)  # MEAN, rounded: close to 0 once normalized
 Sample = tuple[Tensor, Tensor, Tensor]  # image, label, colour factors
+Files = dict[str, Path]  # by name
 
 
 # ---- finding files
@@ -64,6 +67,8 @@ class DataSet:
     classes: tuple[str, ...]
     colors: tuple[Color, ...]
     items: tuple[Item, ...]
+    numbers: dict[Color, int] = field(default_factory=dict)  # see classes.Classes
+    left_out: tuple[Path, ...] = ()  # files that are no image or label
     copy: Copy | None = None  # the decoded copy, if one is kept
 
     def __len__(self) -> int:
@@ -77,7 +82,19 @@ class DataSet:
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 ADE_FOLDERS = {"train": "training", "val": "validation", "test": "testing"}
 # Found only in the full ADE20K.
-FULL_ADE = ("index_ade*", "ADE20K_*", "images/ADE", "images/*/*_seg.png", "images/training/*/")
+FULL_ADE = ("index_ade*", "ADE20K_*", "images/ADE", "images/*/**/*_seg.png")
+NO_DATA = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found")
+
+
+def is_data(name: str) -> bool:
+    """Whether a file or folder of this name may be data: it is not hidden, nor a system's own."""
+    return not name.startswith(".") and name not in NO_DATA
+
+
+def list_names(names: Sequence[Path | str]) -> str:
+    """The first 20 names, for a message."""
+    text = ", ".join(map(quote, names[:20])) or "none"
+    return f"{text} and {len(names) - 20} more" if len(names) > 20 else text
 
 
 def split_files(name: str, root: Path, split: str) -> tuple[Path, tuple[str, ...], Path, str]:
@@ -126,7 +143,8 @@ def _with_copy(dataset: DataSet, folder: Path) -> DataSet:
     for item in dataset.items:
         for path, stamp in zip(item.files, item.stamps):
             stamps.append((os.path.realpath(path), *(stamp or ())))
-    key = repr((dataset.classes, stamps)).encode("utf-8", "surrogateescape")
+    # The number changes when files are read in another way than before.
+    key = repr((2, dataset.classes, dataset.numbers, stamps)).encode("utf-8", "surrogateescape")
     name = f"{dataset.name}-{dataset.split}-{hashlib.sha256(key).hexdigest()[:16]}"
     images = partial(eval_images, dataset, 0, 1, os.cpu_count() or 1)
     copy = open_copy(folder, name, len(dataset), dataset.labelled, images)
@@ -150,47 +168,102 @@ def open_split(name: str, root: Path | str | None, split: str) -> tuple[DataSet,
     top = Path(root or "")
     items: list[Item] = []
     problems: list[str] = []
+    left_out: list[Path] = []
     for part in ("train", "val") if split == "trainval" else (split,):
         try:
-            items += _scan(name, top, part, problems)
+            items += _scan(name, top, part, problems, left_out)
         except OSError as e:
             what = quote(e.filename or top)
             raise InputError(f"{what}: cannot be read ({e.strerror}): check --root") from e
-    return DataSet(name, split, *classes_of(name, top), tuple(items)), problems
+    names, colors, numbers = classes_of(name, top)
+    dataset = DataSet(name, split, names, colors, tuple(items), numbers, tuple(left_out))
+    return dataset, problems
 
 
-def _scan(name: str, root: Path, split: str, problems: list[str]) -> list[Item]:
-    """The pairs of one split, sorted by name. Adds a line to problems for each other file."""
+def _scan(
+    name: str, root: Path, split: str, problems: list[str], left_out: list[Path]
+) -> list[Item]:
+    """The pairs of one split, sorted by name.
+
+    Adds a line to problems for each image or label alone, and other files to left_out.
+    """
     if name == "synthetic":
         names = [Path(name, split, str(i)) for i in range(synthetic.SIZES[split])]
         return list(map(Item, names, names))
     image_dir, endings, label_dir, label_ending = split_files(name, root, split)
     labelled = split != "test" or (name != "cityscapes" and label_dir.is_dir())
-    images = _find(root, image_dir, endings)
+    images, no_images = _find(root, image_dir, endings)
+    left_out += no_images.values()
     if not images:
         raise InputError(
             f"{quote(image_dir)}: the split {split} is empty; expected images "
-            f"*{', *'.join(endings)}"
+            f"*{', *'.join(endings)}; found {list_names(sorted(no_images))}"
         )
     if not labelled:
         return [Item(path, None, (_stamp(path),)) for _, path in sorted(images.items())]
-    labels = _find(root, label_dir, (label_ending.lower(),))
+    labels, no_labels = _find(root, label_dir, (label_ending.lower(),))
+    if name != "cityscapes":  # its folders hold files for other tasks
+        left_out += no_labels.values()
+    if not images.keys() & labels.keys():
+        text = _mismatch([*images], [*labels], sorted(no_labels), label_ending)
+        raise InputError(f"{quote(label_dir)}: {text}")
     items = []
     for key in sorted(images.keys() | labels.keys()):
         if key not in labels:
             problems.append(
                 f"{quote(images[key])}: image without label; expected "
-                f"{quote(label_dir / key)}{label_ending}: add it or remove the image"
+                f"{quote(label_dir / key)}{label_ending}: {_remedy('image', key, no_labels)}"
             )
         elif key not in images:
             problems.append(
                 f"{quote(labels[key])}: label without image; expected {quote(image_dir / key)}"
-                f"{endings[0]} or the like: add it or remove the label"
+                f"{endings[0]} or the like: {_remedy('label', key, no_images)}"
             )
         else:
             files = images[key], labels[key]
             items.append(Item(*files, tuple(map(_stamp, files))))
     return items
+
+
+def _remedy(alone: str, key: str, others: Files) -> str:
+    """What to do about an image or label alone. others: where its partner may be."""
+    for name, path in others.items():
+        if name.rpartition(".")[0] == key:
+            return f"convert {quote(path)}"
+    return f"add it or remove the {alone}"
+
+
+def _mismatch(images: list[str], labels: list[str], others: list[str], ending: str) -> str:
+    """Why no label has the name of an image, and what to do. others: names beside the labels."""
+    if not labels:
+        return f"no label; expected *{ending}, one for each image; found {list_names(others)}"
+    of_image, of_label = _cores(images), _cores(labels)
+    image, label = min(images), min(labels)
+    shared = of_image.keys() & of_label.keys()
+    if shared:
+        core = min(shared)
+        image, label = of_image[core], of_label[core]
+    stem, name = Path(image).name, Path(label).name
+    text = "no label has the name of an image"
+    if name.startswith(stem):
+        text = f"labels carry the suffix {quote(name.removeprefix(stem))}"
+    elif name.endswith(stem):
+        text = f"labels carry the prefix {quote(name.removesuffix(stem))}"
+    got = f"got the label {quote(label)}{ending} and the image {quote(image)}"
+    return f"{text}: {got}; expected {quote(image)}{ending}: rename all labels so"
+
+
+def _cores(keys: list[str]) -> dict[str, str]:
+    """The keys by what is left without the prefix and suffix, not of digits, that all share."""
+    names = [key.rpartition("/")[2] for key in keys]
+    head = commonprefix(names).rstrip("0123456789")  # noqa: RUF071 (of letters is meant)
+    backwards = [name[len(head) :][::-1] for name in names]
+    tail = commonprefix(backwards)[::-1].lstrip("0123456789")  # noqa: RUF071
+    cores = {}
+    for key, name in zip(keys, names):
+        core = name[len(head) : len(name) - len(tail)]
+        cores[key.removesuffix(name) + core] = key
+    return cores
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
@@ -219,32 +292,37 @@ def _missing(root: Path, folder: Path) -> InputError:
     )
 
 
-def _find(root: Path, top: Path, endings: tuple[str, ...]) -> dict[str, Path]:
-    """Files below top with one of the endings: path by relative name without the ending.
+def _find(root: Path, top: Path, endings: tuple[str, ...]) -> tuple[Files, Files]:
+    """The files below top: those with one of the endings, by relative name without it, and others.
 
-    Leaves out hidden files, and links to a folder that they lie in. InputError if top is missing.
+    Names are in Unicode's form NFC. Leaves out what is no data (see is_data), and links to a folder
+    that they lie in. InputError if top is missing.
     """
     if not top.is_dir():
         raise _missing(root, top)
-    found: dict[str, Path] = {}
+    found: Files = {}
+    others: Files = {}
     for here, folders, files in os.walk(top, onerror=_raise, followlinks=True):
         above = [os.path.realpath(top / p) for p in Path(here).relative_to(top).parents]
         if os.path.realpath(here) in above:
             folders.clear()
             continue
-        for name in files:
-            ending = next((e for e in endings if name.lower().endswith(e)), None)
-            if ending is None or name.startswith("."):
-                continue
+        folders[:] = filter(is_data, folders)
+        for name in filter(is_data, files):
             path = Path(here, name)
-            key = path.relative_to(top).as_posix().removesuffix(name[-len(ending) :])
+            relative = unicodedata.normalize("NFC", path.relative_to(top).as_posix())
+            ending = next((e for e in endings if name.lower().endswith(e)), None)
+            if ending is None:
+                others[relative] = path
+                continue
+            key = relative[: -len(ending)]
             if key in found:
                 raise InputError(
                     f"{quote(path)}: {quote(found[key])} has this name too; expected one file for "
                     "each name, whatever the ending: rename or remove one"
                 )
             found[key] = path
-    return found
+    return found, others
 
 
 def _raise(error: OSError) -> None:
@@ -265,7 +343,7 @@ def read(dataset: DataSet, index: int) -> tuple[np.ndarray, np.ndarray | None]:
     image = decode_image(item.image)
     label = None
     if item.label is not None:
-        label = decode_label(item.label, dataset.name, dataset.colors)
+        label = decode_label(item.label, dataset.name, len(dataset.classes), dataset.numbers)
     # Checked after reading, so that a change during the read is noticed.
     for path, stamp in zip(item.files, item.stamps):
         if stamp != _stamp(path):
@@ -275,12 +353,31 @@ def read(dataset: DataSet, index: int) -> tuple[np.ndarray, np.ndarray | None]:
             )
     if label is not None and label.shape != image.shape[:2]:
         sizes = [f"{a.shape[0]}x{a.shape[1]}" for a in (label, image)]
+        turned = label.shape == image.shape[1::-1] or header(item.image)[1]
+        rotation = " as its EXIF rotation shows it" if turned else ""
         raise InputError(
             f"{quote(item.files[1])}: label of {sizes[0]} (height x width), image of {sizes[1]}; "
-            f"expected one size: make the label again for {quote(item.image)} as its EXIF rotation "
-            "shows it"
+            f"expected one size: make the label again for {quote(item.image)}"
+            f"{rotation}"
         )
     return image, label
+
+
+def require_classes(dataset: DataSet) -> None:
+    """InputError unless the labels hold two classes. Reads files up to the second class."""
+    seen: set[int] = set()
+    for index in range(len(dataset)):
+        _, label = read(dataset, index)
+        if label is not None:
+            seen |= {*np.unique(label).tolist()} - {IGNORE}
+        if len(seen) > 1:
+            return
+    only = f"the class {dataset.classes[seen.pop()]!r} and " if seen else ""
+    raise InputError(
+        f"{quote(dataset.items[0].files[-1])}: this label and all others of {dataset.split} hold "
+        f"only {only}255 (ignored), nothing to tell apart; expected numbers of two or more "
+        "classes: make the labels again; write 0/255 masks as 0/1"
+    )
 
 
 # ---- augmentation
@@ -383,6 +480,8 @@ def color_jitter(images: Tensor, factors: Tensor) -> Tensor:
     and one offset for each image, made on the CPU, so that no GPU is waited for. Rows and columns
     that are all PAD are padding: they do not count in the mean, and become MEAN.
     """
+    drawn = (images != _channels(PAD, images).to(images)).any(1, keepdim=True)
+    inside = drawn.any(2, keepdim=True) & drawn.any(3, keepdim=True)  # (B, 1, H, W)
     images, device = images.float(), images.device
     brightness, contrast, saturation, hue = factors.float().cpu().view(-1, 4, 1, 1).unbind(1)
     to_yiq = torch.tensor(
@@ -485,8 +584,6 @@ def eval_images(
     keys = [(index,) for index in eval_items(len(dataset), rank, world)]
     return _batches(partial(_eval_item, dataset), workers, sampler=keys, batch_size=None)
 
-    drawn = (images != _channels(PAD, images).to(images)).any(1, keepdim=True)
-    inside = drawn.any(2, keepdim=True) & drawn.any(3, keepdim=True)  # (B, 1, H, W)
 
 def _eval_item(dataset: DataSet, index: int) -> tuple[int, Tensor, Tensor | None]:
     image, label = read(dataset, index)
