@@ -38,7 +38,7 @@ from attention import (
 )
 from checkpoint import load_network
 from classes import ADE20K, CITYSCAPES
-from data import IMAGE_ENDINGS, eval_items
+from data import IMAGE_ENDINGS, eval_items, is_data, list_names
 from decode import decode_image
 from evaluate import predict_ids, tile_side, tiles
 from pictures import colorize, overlay
@@ -71,8 +71,8 @@ Results = Iterator[tuple[str, Image.Image]]  # ending of the file's name, pictur
 def find_images(inputs: Sequence[str | Path], out: Path) -> tuple[Found, list[Path]]:
     """The images, and the other files of the given folders.
 
-    Folders are searched to the bottom, but not hidden ones, linked ones and `out`. InputError if
-    an input is missing or there is no image.
+    Folders are searched to the bottom, but not linked ones, `out` and what is no data (see
+    data.is_data). InputError if an input is missing or there is no image.
     """
 
     def unreadable(error: OSError) -> None:
@@ -88,9 +88,9 @@ def find_images(inputs: Sequence[str | Path], out: Path) -> tuple[Found, list[Pa
             found.append((given, given.stem))
             continue
         for here, folders, files in os.walk(given, onerror=unreadable):
-            folders[:] = sorted(f for f in folders if not f.startswith("."))
+            folders[:] = sorted(filter(is_data, folders))
             folders[:] = [f for f in folders if os.path.realpath(Path(here, f)) != top]
-            for file in sorted(f for f in files if not f.startswith(".")):
+            for file in sorted(filter(is_data, files)):
                 path = Path(here, file)
                 if file.lower().endswith(IMAGE_ENDINGS):
                     name = path.relative_to(given).with_suffix("")
@@ -153,12 +153,6 @@ def check_server(out: Path, names: Sequence[str]) -> None:
     if len(present) != 1525:
         line = f"{counted(len(present), 'file')}; the server expects the 1525 of the test split"
         print_line(line, error=True)
-
-
-def list_names(names: Sequence[Path | str]) -> str:
-    """The first 20 names, for a message."""
-    text = ", ".join(map(quote, names[:20]))
-    return f"{text} and {len(names) - 20} more" if len(names) > 20 else text
 
 
 @dataclass(frozen=True)
