@@ -12,7 +12,7 @@ from PIL.Image import Resampling
 from torch import Tensor
 
 import dnl
-from data import normalize
+from data import normalize, resize_smooth, scaled
 from pictures import GAP, HEAT, Picture, heat, mark_pixel, sheet
 from runtime import InputError, quote
 
@@ -30,13 +30,17 @@ def require_attention(net: dnl.Network, source: str) -> None:
 
 
 def attention_inputs(
-    net: dnl.Network, image: Tensor
+    net: dnl.Network, image: Tensor, factor: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None, tuple[int, int]]:
     """Q, K (1, C', N), P (1, n, N) or None without GR, float32, and the size (h, w) of F.
 
-    image: (3, H, W), 0..255, on the network's device. The network passes `require_attention`.
+    image: (3, H, W), 0..255, on the network's device; its sides are fed times the factor of
+    `base_factor`. The network passes `require_attention`.
     """
-    x = normalize(image[None])
+    x = image[None].float()
+    if factor is not None:
+        x = resize_smooth(x, scaled(image.shape[1:], factor))
+    x = normalize(x)
     x = x.contiguous(memory_format=torch.channels_last)
     *_, f, p = net.features(x)
     block = cast(dnl.DenoisedNonLocal, net.context)  # require_attention has checked this
@@ -46,13 +50,15 @@ def attention_inputs(
 
 
 @torch.inference_mode()
-def attention_maps(net: dnl.Network, image: Tensor, pixel: Pixel) -> dict[str, Tensor]:
+def attention_maps(
+    net: dnl.Network, image: Tensor, pixel: Pixel, factor: float | None = None
+) -> dict[str, Tensor]:
     """Title -> a pixel's row (h, w), at F's size, of A, A', A'' (Fig. 4) and P_class.
 
-    image: (3, H, W), 0..255, computed whole. The rows are float32 on the CPU. Rows of parts that
-    the network lacks are left out.
+    image: (3, H, W), 0..255, computed whole, its sides times the factor. The rows are float32 on
+    the CPU. Rows of parts that the network lacks are left out.
     """
-    q, k, p, size = attention_inputs(net, image)
+    q, k, p, size = attention_inputs(net, image, factor)
     kernel = cast(dnl.DenoisedNonLocal, net.context).kernel  # as in attention_inputs
     x, y = pixel
     h, w = size
@@ -84,14 +90,19 @@ def overlay_map(image: Picture, values: Tensor) -> Picture:
 
 
 def attention_row(
-    net: dnl.Network, image: Tensor, pixel: Pixel, caption: str, width: int
+    net: dnl.Network,
+    image: Tensor,
+    pixel: Pixel,
+    caption: str,
+    width: int,
+    factor: float | None = None,
 ) -> dict[str, Picture]:
     """Title -> picture: the image with its caption, then each map over it, the pixel marked.
 
     image: (3, H, W) uint8 on the network's device; squeezed if it is higher than 4 times its width.
-    width: of the whole row, in pixels.
+    width: of the whole row, in pixels. factor: as in `attention_inputs`.
     """
-    maps = attention_maps(net, image, pixel)
+    maps = attention_maps(net, image, pixel, factor)
     _, H, W = image.shape
     across = (width - GAP) // (len(maps) + 1) - GAP
     across = max(1, across)

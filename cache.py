@@ -15,7 +15,7 @@ from typing import BinaryIO
 import numpy as np
 from torch import Tensor
 
-from runtime import InputError, print_progress, quote, write
+from runtime import InputError, open_lock, print_progress, quote, regular_file, write
 
 Place = tuple[int, int, int]  # the offset of an item in the file, its height and its width
 Images = Iterable[tuple[int, Tensor, Tensor | None]]  # index, image (3, H, W), label (H, W)
@@ -61,7 +61,7 @@ def open_copy(
         if copy is not None:  # needs no lock, so it may lie where nothing can be written
             return copy
         folder.mkdir(parents=True, exist_ok=True)
-        with open(f"{base}.lock", "w") as lock:
+        with open_lock(Path(f"{base}.lock")) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             return _find(base, count, labelled) or _make(base, count, labelled, images())
     except OSError as e:
@@ -74,7 +74,7 @@ def open_copy(
 def _find(base: Path, count: int, labelled: bool) -> Copy | None:
     """The copy, or None if it is not there or not whole."""
     try:
-        places = tuple(map(tuple, json.loads(Path(f"{base}.json").read_text())))
+        places = tuple(map(tuple, json.loads(regular_file(f"{base}.json").read_text())))
         end = 0
         for place in places:
             offset, H, W = place
@@ -83,7 +83,7 @@ def _find(base: Path, count: int, labelled: bool) -> Copy | None:
             end += H * W * (3 + labelled)
         if len(places) != count or os.path.getsize(f"{base}.bin") != end:
             return None
-    except (FileNotFoundError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
     return Copy(Path(f"{base}.bin"), places, labelled)
 

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from classes import IGNORE
-from data import NAMES, SPLITS, DataSet, list_names, open_split, read, split_files
+from data import NAMES, SPLITS, DataSet, open_split, read
 from decode import decode_label, header
+from files import list_names, split_files
 from runtime import InputError, Parser, counted, print_progress, run_script
 
 

@@ -6,6 +6,7 @@ weights, ema.pt.
 """
 
 import os
+import pickletools
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import dnl
-from data import IGNORE, NAMES, DataSet, open_dataset
+from data import IGNORE, NAMES, RELATIVE, DataSet, open_dataset
 from runtime import (
     AMP,
     InputError,
@@ -46,6 +47,13 @@ RUN_FIELDS = FIELDS | {  # what a training needs to go on
     "step": int,
     "sums": Tensor,
     "history": [dict],
+}
+GLOBALS = {  # what the pickle of such a checkpoint names
+    "collections OrderedDict",
+    "torch._utils _rebuild_tensor_v2",
+    "torch DoubleStorage",
+    "torch FloatStorage",
+    "torch LongStorage",
 }
 REMEDY = "give a .pt file that train.py wrote"
 
@@ -128,7 +136,10 @@ def read_pickle(path: str | Path) -> Any:
                 raise InputError(
                     f"{quote(path)}: damaged at {quote(bad)}: use the previous one or train again"
                 )
-            return torch.load(path, map_location="cpu", weights_only=True)
+            for name in z.namelist():
+                if name.endswith("data.pkl"):
+                    check_globals(z.read(name))
+        return plain(torch.load(path, map_location="cpu", weights_only=True))
     except InputError:
         raise
     except FileNotFoundError:
@@ -136,6 +147,22 @@ def read_pickle(path: str | Path) -> Any:
     except Exception as e:  # a damaged file can fail in any layer
         what = type(e).__name__
         raise InputError(f"{quote(path)}: not a readable checkpoint ({what}): {REMEDY}") from None
+
+
+def check_globals(pickled: bytes) -> None:
+    """ValueError if a pickle names more than tensors need: torch allows codecs that take hours."""
+    for opcode, argument, _ in pickletools.genops(pickled):
+        if opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST") and argument not in GLOBALS:
+            raise ValueError(f"the pickle names {argument}")
+
+
+def plain(value: Any) -> Any:
+    """The value, each OrderedDict a dict: a file can give one attributes that hide methods."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in dict.items(value)}
+    if isinstance(value, list):
+        return [plain(v) for v in value]
+    return value
 
 
 def has_type(value: Any, kind: Any) -> bool:
@@ -155,6 +182,7 @@ def invalid_fields(checkpoint: dict[str, Any]) -> list[str]:
     config, default = checkpoint["config"], asdict(dnl.PAPER)
     names, colors = checkpoint["classes"], checkpoint["colors"]
     count = len(names)
+    base = base_of(checkpoint)
     named = 0 < count <= IGNORE and len(set(names)) == count and all(map(str.isprintable, names))
     valid = {
         "config": {k: type(v) for k, v in config.items()}
@@ -163,6 +191,7 @@ def invalid_fields(checkpoint: dict[str, Any]) -> list[str]:
         "colors": len(colors) == count and all(is_color(c) for c in colors),
         "data": checkpoint["data"] in NAMES,
         "amp": checkpoint["amp"] in AMP,
+        "settings": type(base) is int and 0 <= base <= 8192,  # as --base
     }
     return [name for name, good in valid.items() if not good]
 
@@ -213,8 +242,28 @@ def check_model(model: Mapping[str, Tensor], blank: nn.Module, size: int) -> Non
             raise ValueError(f"the model does not fit: {name} is of another type")
     if sum(t.nbytes for t in model.values()) > size:
         raise ValueError("the model is larger than its file")
-    if not all(t.isfinite().all() for t in model.values()):
+    if not all(model[name].isfinite().all() for name in weight_names(blank)):
         raise ValueError("the model's weights are not all finite")
+
+
+def weight_names(net: nn.Module) -> list[str]:
+    """Names of what must be finite: parameters and BatchNorm's statistics. A mask may hold -inf."""
+    buffers = [name for name, _ in net.named_buffers()]
+    statistics = [name for name in buffers if name.endswith(("running_mean", "running_var"))]
+    return [name for name, _ in net.named_parameters()] + statistics
+
+
+def base_of(checkpoint: dict[str, Any], asked: int | None = None) -> int:
+    """The short side of images at a scale of 1, in pixels; 0: images stay as they are.
+
+    asked: --base. Otherwise the crop of a training that scaled images by their short side.
+    """
+    if asked is not None:
+        return asked
+    settings = checkpoint.get("settings")
+    if isinstance(settings, dict) and settings.get("data") in RELATIVE:
+        return settings.get("crop", -1)
+    return 0
 
 
 def open_like(

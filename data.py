@@ -14,16 +14,16 @@ import hashlib
 import math
 import os
 import signal
-import unicodedata
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from os.path import commonprefix
+from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -32,30 +32,20 @@ import synthetic
 from cache import Copy, open_copy
 from classes import IGNORE, Color, classes_of
 from decode import decode_image, decode_label, header
-from runtime import GROUP_SIGNALS, InputError, counted, quote
+from files import Item, find_pairs, stamp_of
+from runtime import GROUP_SIGNALS, InputError, check_open_files, counted, quote, time_limit
 
 NAMES = ("synthetic", "cityscapes", "ade20k", "folder")
 SPLITS = ("train", "val", "trainval", "test")
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet, 0..255
+BATCH_TIMEOUT = 300  # s; other ranks wait 10 minutes, so the line of this one comes first
 PAD = (124, 116, 104)  # MEAN, rounded: close to 0 once normalized
+RELATIVE = ("ade20k",)  # a scale of 1 brings the short side to the crop, not to the image's own
+LONGEST = 4  # times --base: of the long side
 Sample = tuple[Tensor, Tensor, Tensor]  # image, label, colour factors
-Files = dict[str, Path]  # by name
 
 
-# ---- finding files
-
-
-@dataclass(frozen=True)
-class Item:
-    """The files of an image and its label (None: no ground truth); of a synthetic scene, names."""
-
-    image: Path
-    label: Path | None
-    stamps: tuple[tuple[int, int] | None, ...] = ()  # of the files, when the set was opened
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return (self.image,) if self.label is None else (self.image, self.label)
+# ---- a split
 
 
 @dataclass(frozen=True)
@@ -77,43 +67,6 @@ class DataSet:
     @property
     def labelled(self) -> bool:
         return self.items[0].label is not None
-
-
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-ADE_FOLDERS = {"train": "training", "val": "validation", "test": "testing"}
-# Found only in the full ADE20K.
-FULL_ADE = ("index_ade*", "ADE20K_*", "images/ADE", "images/*/**/*_seg.png")
-NO_DATA = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found")
-
-
-def is_data(name: str) -> bool:
-    """Whether a file or folder of this name may be data: it is not hidden, nor a system's own."""
-    return not name.startswith(".") and name not in NO_DATA
-
-
-def list_names(names: Sequence[Path | str]) -> str:
-    """The first 20 names, for a message."""
-    text = ", ".join(map(quote, names[:20])) or "none"
-    return f"{text} and {len(names) - 20} more" if len(names) > 20 else text
-
-
-def split_files(name: str, root: Path, split: str) -> tuple[Path, tuple[str, ...], Path, str]:
-    """Folder and endings, in lower case, of a split's images; folder and ending of its labels.
-
-    Raises InputError for the full ADE20K.
-    """
-    if name == "cityscapes":
-        labels = root / "gtFine" / split
-        return root / "leftImg8bit" / split, ("_leftimg8bit.png",), labels, "_gtFine_labelIds.png"
-    if name == "ade20k":
-        if any(any(root.glob(pattern)) for pattern in FULL_ADE):
-            raise InputError(
-                f"{quote(root)}: this is the full ADE20K; expected the benchmark of 150 classes: "
-                "download ADEChallengeData2016.zip and name its folder by --root"
-            )
-        folder = ADE_FOLDERS[split]
-        return root / "images" / folder, (".jpg",), root / "annotations" / folder, ".png"
-    return root / "images" / split, IMAGE_ENDINGS, root / "labels" / split, ".png"
 
 
 def open_dataset(
@@ -153,6 +106,25 @@ def _with_copy(dataset: DataSet, folder: Path) -> DataSet:
 
 def open_split(name: str, root: Path | str | None, split: str) -> tuple[DataSet, list[str]]:
     """As open_dataset, but leaves out files without a partner and lists them as problems."""
+    _check_names(name, root, split)
+    top = Path(root or "")
+    items: list[Item] = []
+    problems: list[str] = []
+    left_out: list[Path] = []
+    for part in ("train", "val") if split == "trainval" else (split,):
+        if name == "synthetic":
+            for number in range(synthetic.SIZES[part]):
+                scene = Path(name, part, str(number))
+                items.append(Item(scene, scene))
+        else:
+            items += find_pairs(name, top, part, problems, left_out)
+    names, colors, numbers = classes_of(name, top)
+    dataset = DataSet(name, split, names, colors, tuple(items), numbers, tuple(left_out))
+    return dataset, problems
+
+
+def _check_names(name: str, root: Path | str | None, split: str) -> None:
+    """InputError for another data set or split, or for a root too few or too many."""
     if name not in NAMES or split not in SPLITS:
         raise InputError(
             f"got data set {name!r}, split {split!r}; expected one of {', '.join(NAMES)} and one "
@@ -165,168 +137,6 @@ def open_split(name: str, root: Path | str | None, split: str) -> tuple[DataSet,
             f"--root {quote(root)}: synthetic scenes are made in memory: name what lies there by "
             "--data, or leave --root out"
         )
-    top = Path(root or "")
-    items: list[Item] = []
-    problems: list[str] = []
-    left_out: list[Path] = []
-    for part in ("train", "val") if split == "trainval" else (split,):
-        try:
-            items += _scan(name, top, part, problems, left_out)
-        except OSError as e:
-            what = quote(e.filename or top)
-            raise InputError(f"{what}: cannot be read ({e.strerror}): check --root") from e
-    names, colors, numbers = classes_of(name, top)
-    dataset = DataSet(name, split, names, colors, tuple(items), numbers, tuple(left_out))
-    return dataset, problems
-
-
-def _scan(
-    name: str, root: Path, split: str, problems: list[str], left_out: list[Path]
-) -> list[Item]:
-    """The pairs of one split, sorted by name.
-
-    Adds a line to problems for each image or label alone, and other files to left_out.
-    """
-    if name == "synthetic":
-        names = [Path(name, split, str(i)) for i in range(synthetic.SIZES[split])]
-        return list(map(Item, names, names))
-    image_dir, endings, label_dir, label_ending = split_files(name, root, split)
-    labelled = split != "test" or (name != "cityscapes" and label_dir.is_dir())
-    images, no_images = _find(root, image_dir, endings)
-    left_out += no_images.values()
-    if not images:
-        raise InputError(
-            f"{quote(image_dir)}: the split {split} is empty; expected images "
-            f"*{', *'.join(endings)}; found {list_names(sorted(no_images))}"
-        )
-    if not labelled:
-        return [Item(path, None, (_stamp(path),)) for _, path in sorted(images.items())]
-    labels, no_labels = _find(root, label_dir, (label_ending.lower(),))
-    if name != "cityscapes":  # its folders hold files for other tasks
-        left_out += no_labels.values()
-    if not images.keys() & labels.keys():
-        text = _mismatch([*images], [*labels], sorted(no_labels), label_ending)
-        raise InputError(f"{quote(label_dir)}: {text}")
-    items = []
-    for key in sorted(images.keys() | labels.keys()):
-        if key not in labels:
-            problems.append(
-                f"{quote(images[key])}: image without label; expected "
-                f"{quote(label_dir / key)}{label_ending}: {_remedy('image', key, no_labels)}"
-            )
-        elif key not in images:
-            problems.append(
-                f"{quote(labels[key])}: label without image; expected {quote(image_dir / key)}"
-                f"{endings[0]} or the like: {_remedy('label', key, no_images)}"
-            )
-        else:
-            files = images[key], labels[key]
-            items.append(Item(*files, tuple(map(_stamp, files))))
-    return items
-
-
-def _remedy(alone: str, key: str, others: Files) -> str:
-    """What to do about an image or label alone. others: where its partner may be."""
-    for name, path in others.items():
-        if name.rpartition(".")[0] == key:
-            return f"convert {quote(path)}"
-    return f"add it or remove the {alone}"
-
-
-def _mismatch(images: list[str], labels: list[str], others: list[str], ending: str) -> str:
-    """Why no label has the name of an image, and what to do. others: names beside the labels."""
-    if not labels:
-        return f"no label; expected *{ending}, one for each image; found {list_names(others)}"
-    of_image, of_label = _cores(images), _cores(labels)
-    image, label = min(images), min(labels)
-    shared = of_image.keys() & of_label.keys()
-    if shared:
-        core = min(shared)
-        image, label = of_image[core], of_label[core]
-    stem, name = Path(image).name, Path(label).name
-    text = "no label has the name of an image"
-    if name.startswith(stem):
-        text = f"labels carry the suffix {quote(name.removeprefix(stem))}"
-    elif name.endswith(stem):
-        text = f"labels carry the prefix {quote(name.removesuffix(stem))}"
-    got = f"got the label {quote(label)}{ending} and the image {quote(image)}"
-    return f"{text}: {got}; expected {quote(image)}{ending}: rename all labels so"
-
-
-def _cores(keys: list[str]) -> dict[str, str]:
-    """The keys by what is left without the prefix and suffix, not of digits, that all share."""
-    names = [key.rpartition("/")[2] for key in keys]
-    head = commonprefix(names).rstrip("0123456789")  # noqa: RUF071 (of letters is meant)
-    backwards = [name[len(head) :][::-1] for name in names]
-    tail = commonprefix(backwards)[::-1].lstrip("0123456789")  # noqa: RUF071
-    cores = {}
-    for key, name in zip(keys, names):
-        core = name[len(head) : len(name) - len(tail)]
-        cores[key.removesuffix(name) + core] = key
-    return cores
-
-
-def _stamp(path: Path) -> tuple[int, int] | None:
-    """Size in bytes and time of the last change in ns, or None if there is no file."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_size, status.st_mtime_ns
-
-
-def _missing(root: Path, folder: Path) -> InputError:
-    """The error of a missing folder. Looks one level up and down for the root that was meant."""
-    top = folder.parent
-    mend = "name the data set's folder by --root"
-    if top.is_dir():
-        mend = "name another split, or add this one"
-    below = [found.parent for found in root.glob(f"*/{top.name}")]
-    for near in (root.parent, root.parent.parent, *below):
-        if near != root and Path(near, top.name, folder.name).is_dir():
-            mend = f"give --root {quote(near)}"
-            break
-    return InputError(
-        f"{quote(folder)}: no such folder; expected a root that contains "
-        f"{top.name}/{folder.name}: {mend}"
-    )
-
-
-def _find(root: Path, top: Path, endings: tuple[str, ...]) -> tuple[Files, Files]:
-    """The files below top: those with one of the endings, by relative name without it, and others.
-
-    Names are in Unicode's form NFC. Leaves out what is no data (see is_data), and links to a folder
-    that they lie in. InputError if top is missing.
-    """
-    if not top.is_dir():
-        raise _missing(root, top)
-    found: Files = {}
-    others: Files = {}
-    for here, folders, files in os.walk(top, onerror=_raise, followlinks=True):
-        above = [os.path.realpath(top / p) for p in Path(here).relative_to(top).parents]
-        if os.path.realpath(here) in above:
-            folders.clear()
-            continue
-        folders[:] = filter(is_data, folders)
-        for name in filter(is_data, files):
-            path = Path(here, name)
-            relative = unicodedata.normalize("NFC", path.relative_to(top).as_posix())
-            ending = next((e for e in endings if name.lower().endswith(e)), None)
-            if ending is None:
-                others[relative] = path
-                continue
-            key = relative[: -len(ending)]
-            if key in found:
-                raise InputError(
-                    f"{quote(path)}: {quote(found[key])} has this name too; expected one file for "
-                    "each name, whatever the ending: rename or remove one"
-                )
-            found[key] = path
-    return found, others
-
-
-def _raise(error: OSError) -> None:
-    raise error  # os.walk would skip a folder that it cannot read
 
 
 def read(dataset: DataSet, index: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -339,17 +149,23 @@ def read(dataset: DataSet, index: int) -> tuple[np.ndarray, np.ndarray | None]:
         _, split, number = item.image.parts
         return synthetic.scene(split, int(number))
     if dataset.copy is not None:
-        return dataset.copy.read(index)
+        image, label = dataset.copy.read(index)
+        if label is not None and ((label >= len(dataset.classes)) & (label != IGNORE)).any():
+            raise InputError(
+                f"{quote(dataset.copy.path)}: holds labels out of range: remove it, and it is made "
+                "again"
+            )
+        return image, label
     image = decode_image(item.image)
     label = None
     if item.label is not None:
         label = decode_label(item.label, dataset.name, len(dataset.classes), dataset.numbers)
     # Checked after reading, so that a change during the read is noticed.
     for path, stamp in zip(item.files, item.stamps):
-        if stamp != _stamp(path):
+        if stamp != stamp_of(path):
             raise InputError(
                 f"{quote(path)}: changed since the data set was opened: size and time "
-                f"{_stamp(path)}, expected {stamp}: stop what writes there, and start again"
+                f"{stamp_of(path)}, expected {stamp}: stop what writes there, and start again"
             )
     if label is not None and label.shape != image.shape[:2]:
         sizes = [f"{a.shape[0]}x{a.shape[1]}" for a in (label, image)]
@@ -357,8 +173,7 @@ def read(dataset: DataSet, index: int) -> tuple[np.ndarray, np.ndarray | None]:
         rotation = " as its EXIF rotation shows it" if turned else ""
         raise InputError(
             f"{quote(item.files[1])}: label of {sizes[0]} (height x width), image of {sizes[1]}; "
-            f"expected one size: make the label again for {quote(item.image)}"
-            f"{rotation}"
+            f"expected one size: make the label again for {quote(item.image)}{rotation}"
         )
     return image, label
 
@@ -369,7 +184,8 @@ def require_classes(dataset: DataSet) -> None:
     for index in range(len(dataset)):
         _, label = read(dataset, index)
         if label is not None:
-            seen |= {*np.unique(label).tolist()} - {IGNORE}
+            seen.update(np.unique(label).tolist())
+        seen.discard(IGNORE)
         if len(seen) > 1:
             return
     only = f"the class {dataset.classes[seen.pop()]!r} and " if seen else ""
@@ -429,7 +245,8 @@ def augment(
     out[: y.size, : x.size] = _resize(image, y, x)
     ids[: y.size, : x.size] = label[np.ix_(y.nearest(), x.nearest())]
     if rng.random() < 0.5:
-        return out[:, ::-1].copy(), ids[:, ::-1].copy()
+        out = out[:, ::-1].copy()
+        ids = ids[:, ::-1].copy()
     return out, ids
 
 
@@ -446,7 +263,8 @@ class _Crop:
 
     def nearest(self) -> np.ndarray:
         """The source pixel of each pixel of the result."""
-        return (self.start + self.pixel * (np.arange(self.size) + 0.5)).astype(int)
+        middles = np.arange(self.size) + 0.5
+        return (self.start + self.pixel * middles).astype(int)
 
 
 def _draw_crop(n: int, scaled: int, crop: int, rng: np.random.Generator) -> _Crop:
@@ -462,14 +280,18 @@ def _draw_crop(n: int, scaled: int, crop: int, rng: np.random.Generator) -> _Cro
 
 def _resize(image: np.ndarray, y: _Crop, x: _Crop) -> np.ndarray:
     """The crop, bilinear (anti-aliased when shrinking), as from resizing the whole image."""
-    part = Image.fromarray(np.ascontiguousarray(image[y.low : y.high, x.low : x.high]))
+    pixels = image[y.low : y.high, x.low : x.high]
+    part = Image.fromarray(np.ascontiguousarray(pixels))
     box = (x.start - x.low, y.start - y.low, x.end - x.low, y.end - y.low)
-    return np.asarray(part.resize((x.size, y.size), Image.Resampling.BILINEAR, box))
+    crop = part.resize((x.size, y.size), Image.Resampling.BILINEAR, box)
+    return np.asarray(crop)
 
 
 def draw_jitter(rng: np.random.Generator) -> Tensor:
     """Colour factors (4,) float32: brightness, contrast, saturation 0.7..1.3, hue +-0.05 turns."""
-    return torch.from_numpy(rng.uniform((0.7, 0.7, 0.7, -0.05), (1.3, 1.3, 1.3, 0.05))).float()
+    low = (0.7, 0.7, 0.7, -0.05)
+    high = (1.3, 1.3, 1.3, 0.05)
+    return torch.from_numpy(rng.uniform(low, high)).float()
 
 
 def color_jitter(images: Tensor, factors: Tensor) -> Tensor:
@@ -480,10 +302,12 @@ def color_jitter(images: Tensor, factors: Tensor) -> Tensor:
     and one offset for each image, made on the CPU, so that no GPU is waited for. Rows and columns
     that are all PAD are padding: they do not count in the mean, and become MEAN.
     """
-    drawn = (images != _channels(PAD, images).to(images)).any(1, keepdim=True)
+    padding = _channels(PAD, images).to(images)
+    drawn = (images != padding).any(1, keepdim=True)
     inside = drawn.any(2, keepdim=True) & drawn.any(3, keepdim=True)  # (B, 1, H, W)
     images, device = images.float(), images.device
-    brightness, contrast, saturation, hue = factors.float().cpu().view(-1, 4, 1, 1).unbind(1)
+    factors = factors.float().cpu().view(-1, 4, 1, 1)
+    brightness, contrast, saturation, hue = factors.unbind(1)
     to_yiq = torch.tensor(
         [[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]]
     )
@@ -497,20 +321,46 @@ def color_jitter(images: Tensor, factors: Tensor) -> Tensor:
     matrix = matrix.to(device, non_blocking=True)
     offset = offset.to(device, non_blocking=True)
     # Of two tensors, for torch divides by a number inexactly: it is 1 without padding.
-    ratio = torch.ones_like(inside).sum((1, 2, 3)) / inside.sum((1, 2, 3)).clamp(min=1)
-    mean = (images * inside).mean((2, 3)) * ratio[:, None]
+    every = torch.ones_like(inside).sum((2, 3))
+    ratio = every / inside.sum((2, 3)).clamp(min=1)
+    mean = (images * inside).mean((2, 3)) * ratio
     grey = (mean[:, None] * offset).sum(2, keepdim=True)  # saturation and hue leave it as it is
     result = (matrix @ images.flatten(2) + grey).clamp(0, 255).view_as(images)
     return torch.where(inside, result, _channels(MEAN, images))
 
 
 def _channels(values: tuple[float, float, float], like: Tensor) -> Tensor:
-    return torch.tensor(values).view(3, 1, 1).to(like.device, non_blocking=True)
+    pixel = torch.tensor(values).view(3, 1, 1)
+    return pixel.to(like.device, non_blocking=True)
 
 
 def normalize(images: Tensor) -> Tensor:
     """Images (B, 3, H, W), 0..255, to float32 with ImageNet's mean and deviation."""
     return (images.float() - _channels(MEAN, images)) / _channels(STD, images)
+
+
+def base_factor(size: Sequence[int], base: int) -> float | None:
+    """What scales an image (H, W) to a short side of `base` pixels. None for base 0: nothing does.
+
+    The long side stays within 4 * base, as in the peers (mmsegmentation's 2048x512 for ADE20K): the
+    memory does not grow with a panorama, and 150 classes of 608x2432 fit one tile.
+    """
+    if base == 0:
+        return None
+    return min(base / min(size), LONGEST * base / max(size))
+
+
+def scaled(size: Sequence[int], factor: float) -> tuple[int, int]:
+    """(H, W) times a factor, in whole pixels."""
+    height, width = size
+    return max(1, round(height * factor)), max(1, round(width * factor))
+
+
+def resize_smooth(x: Tensor, size: Sequence[int]) -> Tensor:
+    """(B, C, h, w) -> (B, C, H, W), bilinear, anti-aliased when shrinking: as `_resize` trains."""
+    if max(x.shape[2] / size[0], x.shape[3] / size[1]) > 100:  # too much for a GPU's kernel
+        return F.interpolate(x, tuple(size), mode="area")
+    return F.interpolate(x, tuple(size), mode="bilinear", antialias=True)
 
 
 # ---- loading
@@ -535,7 +385,8 @@ def step_items(
     epoch, k = divmod(step, n // batch)
     share = batch // world
     first = k * batch + rank * share
-    return [(epoch, int(i)) for i in order(seed, epoch, n)[first : first + share]]
+    chosen = order(seed, epoch, n)[first : first + share]
+    return [(epoch, int(i)) for i in chosen]
 
 
 def train_batches(
@@ -615,17 +466,37 @@ def _collate(rows: list[Any]) -> list[Tensor] | InputError:
 
 
 def _batches(load: Callable[..., Any], workers: int, **options: Any) -> Generator[Any, None, None]:
-    """What DataLoader makes of load(*key). Raises an InputError of a worker."""
+    """What DataLoader makes of load(*key). Raises an InputError of a worker.
+
+    RuntimeError if a worker is gone, TimeoutError if no batch comes for BATCH_TIMEOUT.
+    """
+    if workers:
+        check_open_files(64 + 32 * workers)
     loader = DataLoader(
         _Loader(load),
         num_workers=workers,
-        worker_init_fn=_leave_signals,
+        worker_init_fn=_prepare_worker,
         generator=torch.Generator(),  # otherwise it draws from torch's global one
         **options,
     )
-    for batch in _started(loader):  # no variable: the traceback of an error would keep the workers
+    for batch in _bounded(_started(loader), BATCH_TIMEOUT if workers else 0):
         if isinstance(batch, InputError):
             raise batch
+        yield batch
+
+
+def _bounded(batches: Iterator[Any], seconds: int) -> Iterator[Any]:
+    """The batches. DataLoader's own timeout does not cover a worker that stops while it sends."""
+    lost = (
+        f"no batch came for {seconds} s: a process that reads images is stopped or stuck, or "
+        "/dev/shm is full: enlarge it (docker: --shm-size), or give --workers 0"
+    )
+    while True:
+        with time_limit(seconds, lost):
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
         yield batch
 
 
@@ -638,13 +509,16 @@ def _started(loader: DataLoader) -> Iterator[Any]:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
-def _leave_signals(worker: int) -> None:
+def _prepare_worker(worker: int) -> None:
     """Leave signals to the whole process group, such as Ctrl-C, to the main process.
 
     It finishes its step, and needs its workers for that. It also ends leftover workers with
-    SIGTERM, so that signal is delayed by 30 s (longer than a step).
+    SIGTERM, so that signal is delayed by 30 s (longer than a step). A batch that cannot be sent
+    (/dev/shm is full) ends the worker: it would be dropped, and waited for.
     """
     for number in GROUP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
+    hook = staticmethod(lambda error, batch: os._exit(1))
+    Queue._on_queue_feeder_error = hook  # type: ignore[attr-defined]  # not in typeshed
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {*GROUP_SIGNALS, signal.SIGTERM})

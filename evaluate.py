@@ -22,8 +22,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import dnl
-from checkpoint import load_network, open_like
-from data import IGNORE, DataSet, eval_images, normalize
+from checkpoint import base_of, load_network, open_like
+from data import IGNORE, DataSet, base_factor, eval_images, normalize, resize_smooth, scaled
 from runtime import (
     AMP,
     FLAGS,
@@ -40,6 +40,7 @@ from runtime import (
 )
 
 SIDE = 2048  # of a tile, in pixels, for up to 64 classes
+NARROW = 17  # below it, a convolution of stride 2 sees a side of 1 or 2
 NOT_FINITE = "the network's output is not finite: try --amp off, or train again with a lower --lr"
 
 # ---- metrics
@@ -106,6 +107,8 @@ def _views(net: nn.Module, x: Tensor, flip: bool, amp: torch.dtype | None) -> Te
     if flip:
         plain, mirrored = _views(net, torch.cat([x, x.flip(3)]), False, amp).chunk(2)
         return (plain + mirrored.flip(3)) / 2
+    if x.device.type == "cpu" and min(x.shape[2:]) < NARROW:
+        amp = None  # oneDNN's bf16 convolutions read memory that nobody wrote
     with torch.autocast(x.device.type, amp or torch.bfloat16, enabled=amp is not None):
         logits = net(x)
     return logits.float().softmax(1)
@@ -139,31 +142,54 @@ def predict(
     net: nn.Module,
     image: Tensor,
     *,
+    factor: float | None = None,
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
     crop: int | None = None,
     amp: torch.dtype | None = None,
 ) -> Tensor:
-    """Class probabilities (n, H, W) of one image (3, H, W), 0..255, averaged over scales and flips.
+    """Class probabilities (n, h, w) of one image (3, H, W), 0..255, averaged over scales and flips.
 
-    crop: side of the sliding windows, which keep the network's memory independent of the image's
-    size; None: the whole image at once. The network is in eval mode, on the image's device. An
-    image is always computed alone, so its result does not depend on others.
+    factor: of `base_factor`, (h, w) are the image's sides times it; None: the image's own. crop:
+    side of the sliding windows, which keep the network's memory independent of the image's size;
+    None: the whole image at once. The network is in eval mode, on the image's device. An image is
+    always computed alone, so its result does not depend on others.
     """
-    whole = (image.shape[1], image.shape[2])
-    x = normalize(image[None])
+    own = scaled(image.shape[1:], 1)
+    whole = scaled(own, factor or 1)
+    resize = dnl.resize if factor is None else resize_smooth
 
     def at_scale(scale: float) -> Tensor:
-        size = (max(1, round(whole[0] * scale)), max(1, round(whole[1] * scale)))
-        if size == whole:
-            return _sliding(net, x, crop, flip, amp)
-        p = _sliding(net, dnl.resize(x, size), crop, flip, amp)
-        return dnl.resize(p, whole)
+        size = scaled(whole, scale)
+        if factor is not None:  # resized before: a large image is not held as floats twice
+            x = normalize(resize_smooth(image[None].float(), size))
+        elif size == own:
+            x = normalize(image[None])
+        else:
+            x = dnl.resize(normalize(image[None]), size)
+        p = _sliding(net, x, crop, flip, amp)
+        return p if size == whole else resize(p, whole)
 
     total = at_scale(scales[0])
     for scale in scales[1:]:
         total.add_(at_scale(scale))
     return total[0].div_(len(scales))
+
+
+def top_class(p: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The most probable class, uint8, and its probability, of p (n, h, w) resized to (H, W).
+
+    The classes are resized one by one: all 150 of an image of 8000x6000 would be 27 GiB.
+    """
+    if p.shape[1:] == size:
+        return p.argmax(0).byte(), p.amax(0)
+    ids = torch.zeros(*size, dtype=torch.uint8, device=p.device)
+    best = torch.full_like(ids, -1, dtype=p.dtype)
+    for c, plane in enumerate(p.contiguous()):
+        one = resize_smooth(plane[None, None], size)[0, 0]
+        ids.masked_fill_(one > best, c)
+        best = torch.maximum(best, one)  # nan stays nan
+    return ids, best
 
 
 def tile_side(num_classes: int, crop: int | None) -> int:
@@ -209,25 +235,29 @@ def predict_ids(
     *,
     device: torch.device,
     side: int = SIDE,
+    base: int = 0,
     **options: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Class ids (H, W) uint8 and their probability (H, W) uint8, 255 for 1, of an image.
 
-    image: (3, H, W) uint8. options: as of `predict`. Above side^2 pixels the image is computed
-    tile by tile, and only one tile's probabilities are held. InputError, which names the source,
-    if the network's output is not finite.
+    image: (3, H, W) uint8. base: of `base_factor`. options: as of `predict`. An image that has more
+    than side^2 pixels at a scale of 1 is computed tile by tile, and only one tile's probabilities
+    are held. InputError, which names the source, if the network's output is not finite.
     """
     _, H, W = image.shape
+    factor = base_factor((H, W), base)
+    side = max(1, int(side / (factor or 1)))
     ids = np.empty((H, W), np.uint8)
     confidence = np.empty((H, W), np.uint8)
     for rows, columns in tiles(H, W, side):
         part = image[:, rows.seen, columns.seen].to(device)
-        p = predict(net, part, **options)[:, rows.inner, columns.inner]
-        if not p[0].isfinite().all():  # softmax: nan in one class is nan in all
+        p = predict(net, part, factor=factor, **options)
+        found, top = top_class(p, part.shape[1:])
+        top = top[rows.inner, columns.inner]
+        if not top.isfinite().all():
             raise InputError(f"{source}: {NOT_FINITE}")
-        ids[rows.kept, columns.kept] = p.argmax(0).byte().cpu().numpy()
-        p = (p.amax(0) * 255).round().byte()
-        confidence[rows.kept, columns.kept] = p.cpu().numpy()
+        ids[rows.kept, columns.kept] = found[rows.inner, columns.inner].cpu().numpy()
+        confidence[rows.kept, columns.kept] = (top * 255).round().byte().cpu().numpy()
     return ids, confidence
 
 
@@ -239,14 +269,16 @@ def evaluate(
     rank: int = 0,
     world: int = 1,
     workers: int = 0,
+    base: int = 0,
     progress: Callable[[int, int], None] = lambda done, n: None,
     **options: Any,
 ) -> Tensor:
     """The confusion matrix (n, n) of a labelled data set, int64 on the CPU, summed over all ranks.
 
-    Rank r takes the images r, r + world, ... options: as of `predict`. progress(done, images) is
-    called after each image. The network stays in eval mode. InputError, on every rank, for a split
-    without ground truth, an unusable file, or an output that is not finite.
+    Rank r takes the images r, r + world, ... base: of `base_factor`. options: as of `predict`.
+    progress(done, images) is called after each image. The network stays in eval mode. InputError,
+    on every rank, for a split without ground truth, an unusable file, or an output that is not
+    finite.
     """
     if not dataset.labelled:
         raise InputError(
@@ -261,9 +293,12 @@ def evaluate(
     with fail_on_all_ranks(), repeatable:  # the same kernels on any rank and in training
         for index, image, label in eval_images(dataset, rank, world, workers):
             label = cast(Tensor, label)  # the split is labelled
-            p = predict(net, image.to(device, non_blocking=True), **options)
-            finite[index] = p[0].isfinite().all()  # softmax: nan in one class is nan in all
-            matrix += confusion(p.argmax(0), label.to(device, non_blocking=True), n)
+            size = image.shape[1:]
+            image = image.to(device, non_blocking=True)
+            p = predict(net, image, factor=base_factor(size, base), **options)
+            ids, top = top_class(p, size)
+            finite[index] = top.isfinite().all()
+            matrix += confusion(ids, label.to(device, non_blocking=True), n)
             progress(index + 1, len(dataset))
         for index, is_finite in finite.items():  # after the loop, in which no GPU is waited for
             if not is_finite:
@@ -283,6 +318,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         net, checkpoint = load_network(args.checkpoint, device, args.context)
         dataset = open_like(checkpoint, args.data, args.root, args.split, args.checkpoint)
         amp = choose_amp(args.amp or checkpoint["amp"], device)
+        base = base_of(checkpoint, args.base)
 
         def show(done: int, n: int) -> None:
             if rank == 0:
@@ -296,6 +332,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rank=rank,
             world=world,
             workers=args.workers,
+            base=base,
             progress=show,
             **views,
         )
@@ -305,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(iou_table(result, dataset.classes))
         if args.json:
             result["iou"] = dict(zip(dataset.classes, result["iou"]))
-            result |= {"images": len(dataset), "split": args.split, "amp": amp}
+            result |= {"images": len(dataset), "split": args.split, "amp": amp, "base": base}
             result["confusion"] = matrix.tolist()
             print(json.dumps(result))
     return 0

@@ -2,6 +2,7 @@
 
     python predict.py best.pt photo.jpg folder/        # predictions/NAME.png and NAME_overlay.png
     python predict.py best.pt photo.jpg --confidence --attention 400,300    # x 400, y 300
+    python predict.py best.pt photo.jpg --page    # NAME_attention.html: click a pixel, see its maps
     torchrun --nproc-per-node 8 predict.py best.pt leftImg8bit/test --format cityscapes
 
 NAME is the image's name relative to the given folder. Masks have the size of the upright image
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -36,11 +37,13 @@ from attention import (
     require_attention,
     require_pixel,
 )
-from checkpoint import load_network
+from checkpoint import base_of, load_network
 from classes import ADE20K, CITYSCAPES
-from data import IMAGE_ENDINGS, eval_items, is_data, list_names
+from data import base_factor, eval_items
 from decode import decode_image
 from evaluate import predict_ids, tile_side, tiles
+from files import IMAGE_ENDINGS, is_data, list_names
+from page import attention_html
 from pictures import colorize, overlay
 from runtime import (
     AMP,
@@ -63,7 +66,8 @@ from runtime import (
 SERVER_CLASSES = {"cityscapes": tuple(CITYSCAPES), "ade20k": ADE20K}
 CITYSCAPES_IDS = np.array([values[0] for values in CITYSCAPES.values()], np.uint8)
 Found = list[tuple[Path, str]]  # image, name of its results
-Results = Iterator[tuple[str, Image.Image]]  # ending of the file's name, picture
+Save = Callable[[BinaryIO], object]  # writes into an open file
+Results = Iterator[tuple[str, Save]]  # ending of the file's name, its content
 
 # ---- files
 
@@ -72,7 +76,7 @@ def find_images(inputs: Sequence[str | Path], out: Path) -> tuple[Found, list[Pa
     """The images, and the other files of the given folders.
 
     Folders are searched to the bottom, but not linked ones, `out` and what is no data (see
-    data.is_data). InputError if an input is missing or there is no image.
+    files.is_data). InputError if an input is missing or there is no image.
     """
 
     def unreadable(error: OSError) -> None:
@@ -172,17 +176,28 @@ class _Images(Dataset):
 
 
 def attention_page(
-    net: dnl.Network, image: Tensor, pixel: Pixel, caption: str, *, device: torch.device, side: int
+    net: dnl.Network,
+    image: Tensor,
+    pixel: Pixel,
+    caption: str,
+    *,
+    device: torch.device,
+    side: int,
+    base: int = 0,
 ) -> Image.Image:
-    """The sheet of a pixel of an image (3, H, W) uint8, or of its tile if there are several."""
+    """The sheet of a pixel of an image (3, H, W) uint8, or of its tile if there are several.
+
+    The maps are of what the network is fed at a scale of 1.
+    """
     x, y = pixel
     _, H, W = image.shape
-    for rows, columns in tiles(H, W, side):
+    factor = base_factor((H, W), base)
+    for rows, columns in tiles(H, W, max(1, int(side / (factor or 1)))):
         if y < rows.kept.stop and x < columns.kept.stop:
             break
     part = image[:, rows.seen, columns.seen].to(device)
     at = (x - columns.seen.start, y - rows.seen.start)
-    return attention_sheet([attention_row(net, part, at, caption, 2400)])
+    return attention_sheet([attention_row(net, part, at, caption, 2400, factor)])
 
 
 def result_endings(args: argparse.Namespace) -> list[str]:
@@ -194,7 +209,14 @@ def result_endings(args: argparse.Namespace) -> list[str]:
         endings.append("_confidence.png")
     if args.attention:
         endings.append("_attention.png")
+    if args.page:
+        endings.append("_attention.html")
     return endings
+
+
+def png(picture: Image.Image) -> Save:
+    """What writes a picture as a PNG."""
+    return partial(picture.save, format="PNG")
 
 
 def results(
@@ -214,23 +236,29 @@ def results(
     views = {"scales": args.scales, "flip": args.flip, "crop": args.crop, "amp": amp}
     side = tile_side(len(classes), args.crop)
     x = image.permute(2, 0, 1)
-    ids, confidence = predict_ids(net, x, quote(path), device=device, side=side, **views)
+    where: dict[str, Any] = {"device": device, "side": side, "base": base_of(checkpoint, args.base)}
+    ids, confidence = predict_ids(net, x, quote(path), **where, **views)
     if args.format == "cityscapes":
-        yield ".png", Image.fromarray(CITYSCAPES_IDS[ids])
+        yield ".png", png(Image.fromarray(CITYSCAPES_IDS[ids]))
         return
     if args.format == "ade20k":
-        yield ".png", Image.fromarray(ids + np.uint8(1))
+        yield ".png", png(Image.fromarray(ids + np.uint8(1)))
         return
-    yield ".png", colorize(ids, colors)
-    yield "_overlay.png", overlay(image.numpy(), quote(path.name), ids, classes, colors)
+    yield ".png", png(colorize(ids, colors))
+    yield "_overlay.png", png(overlay(image.numpy(), quote(path.name), ids, classes, colors))
     if args.confidence:
-        yield "_confidence.png", Image.fromarray(confidence)
+        yield "_confidence.png", png(Image.fromarray(confidence))
+    if args.page:
+        html = attention_html(
+            net, image.numpy(), ids, confidence, checkpoint, quote(path.name), args.label, args.base
+        )
+        yield "_attention.html", lambda file: file.write(html.encode())
     if args.attention:
         column, row = args.attention
         require_pixel(args.attention, ids.shape[1], ids.shape[0], path)
         caption = f"{column},{row} {classes[ids[row, column]]}"
-        page = attention_page(net, x, args.attention, caption, device=device, side=side)
-        yield "_attention.png", page
+        sheet = attention_page(net, x, args.attention, caption, **where)
+        yield "_attention.png", png(sheet)
 
 
 def image_failure(error: Exception, path: Path) -> str:
@@ -261,9 +289,16 @@ def parse_prediction(argv: Sequence[str] | None = None) -> argparse.Namespace:
     confidence = "also the probability of the predicted class, white is 1"
     add("--confidence", action="store_true", help=confidence)
     add("--attention", metavar="X,Y", type=pixel_of, help="also the attention maps of this pixel")
-    args = parse_flags(parser, argv, "scales", "flip", "crop", "amp", "context", "workers")
-    if args.format != "masks" and (args.confidence or args.attention):
-        raise InputError(f"--format {args.format}: leave out --confidence and --attention")
+    page = "also a page of the maps of any pixel; an image above 1024x2048 pixels is reduced"
+    add("--page", action="store_true", help=page)
+    label = "with --page and one image: its label file, to measure the attention noise against"
+    add("--label", type=Path, metavar="FILE", help=label)
+    args = parse_flags(parser, argv, "scales", "base", "flip", "crop", "amp", "context", "workers")
+    if args.format != "masks" and (args.confidence or args.attention or args.page):
+        raise InputError(f"--format {args.format}: leave out --confidence, --attention and --page")
+    one = len(args.images) == 1 and not Path(args.images[0]).is_dir()
+    if args.label and not (args.page and one):
+        raise InputError(f"--label {quote(args.label)}: expected --page and one image")
     return args
 
 
@@ -284,8 +319,8 @@ def predict_all(
         try:
             if isinstance(image, Exception):
                 raise image
-            for ending, picture in make(image, path):
-                write_result(args.out / (name + ending), partial(picture.save, format="PNG"))
+            for ending, save in make(image, path):
+                write_result(args.out / (name + ending), save)
             done += 1
         except (ValueError, OSError, SystemError, RuntimeError, MemoryError) as e:
             failed += 1  # this image; the others are still computed
@@ -316,7 +351,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if classes != SERVER_CLASSES.get(args.format, classes):
             got = f"{quote(args.checkpoint)}: trained on {checkpoint['data']}"
             raise InputError(f"{got}; expected {args.format}: leave out --format {args.format}")
-        if args.attention:
+        if args.attention or args.page:
             require_attention(net, args.checkpoint)
         if others and rank == 0:
             print_line(f"left out, names without an image ending: {list_names(others)}", error=True)

@@ -32,8 +32,6 @@ class Settings:
     """Training settings of a data set.
 
     batch: images a step, over all ranks. channels: C of the paper, of the reduced feature F.
-    relative: a scale of 1 brings the short side to the crop (ADE20K); otherwise it leaves the image
-    as it is.
     """
 
     lr: float
@@ -44,13 +42,12 @@ class Settings:
     backbone: str
     channels: int = 512
     scale: tuple[float, float] = (0.5, 2.0)
-    relative: bool = False
 
 
 SETTINGS = {  # cityscapes and ade20k: Section IV-A of the paper
     "synthetic": Settings(3e-2, 5e-4, 112, 8, 4, "resnet18", 128, (0.8, 1.25)),
     "cityscapes": Settings(1e-2, 5e-4, 768, 8, 240, "resnet101"),
-    "ade20k": Settings(2e-2, 1e-4, 608, 16, 240, "resnet101", relative=True),
+    "ade20k": Settings(2e-2, 1e-4, 608, 16, 240, "resnet101"),
     "folder": Settings(1e-2, 5e-4, 512, 8, 100, "resnet50"),
 }
 
@@ -275,21 +272,27 @@ def set_mode(net: dnl.Network, freeze_bn: bool) -> dnl.Network:
     return net
 
 
-def check_batch(config: dnl.Config, args: argparse.Namespace, images: int) -> None:
-    """InputError if a BatchNorm would see one value a channel. Runs a forward of shapes alone, on
-    the meta device.
+def check_network(config: dnl.Config, args: argparse.Namespace, images: int) -> None:
+    """InputError if a BatchNorm would see one value a channel, or a parameter has no gradient.
 
-    images: how many a BatchNorm sees at a time.
+    images: how many a BatchNorm sees at a time. A step on the meta device: shapes, no arithmetic.
     """
     with torch.device("meta"):
         net = set_mode(dnl.build(config, import_factory(config.context)), args.freeze_bn)
         try:
-            net(torch.empty(images, 3, args.crop, args.crop), full_size=False)
+            outputs = net(torch.empty(images, 3, args.crop, args.crop), full_size=False)
         except ValueError as e:
             raise InputError(
                 f"--batch {args.batch} --accumulate {args.accumulate} --crop {args.crop} leaves "
                 f"too little to a BatchNorm ({e}): raise --batch or --crop, or lower --accumulate"
             ) from None
+        torch.stack([o.sum() for o in outputs]).sum().backward()
+    spare = [name for name, p in net.named_parameters() if p.requires_grad and p.grad is None]
+    if spare:
+        raise InputError(
+            f"--context {args.context}: no output depends on {', '.join(spare)}: use these "
+            "parameters in forward, or remove them"
+        )
 
 
 # ---- schedule and losses

@@ -3,7 +3,6 @@
 import argparse
 import fcntl
 import json
-import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,19 +20,24 @@ import dnl
 from checkpoint import (
     RUN_FIELDS,
     VERSION,
+    base_of,
     finish_save,
     read_checkpoint,
     read_if_readable,
     read_last,
+    weight_names,
     write_checkpoint,
     write_last,
 )
 from data import DataSet, open_dataset, require_classes, step_items
-from recipe import check_batch, configuration, rate, read_weights, settings_of
+from recipe import check_network, configuration, rate, read_weights, settings_of
 from runtime import (
+    Caught,
     InputError,
     choose_amp,
+    fail_on_all_ranks,
     import_factory,
+    open_lock,
     print_line,
     quote,
     sum_over_ranks,
@@ -65,7 +69,7 @@ class Run:
     history: list[dict[str, Any]] = field(default_factory=list)  # a line per epoch
     best: float | None = None  # the mIoU of best.pt
     unsaved: bool = False  # the last checkpoint could not be written
-    caught: list[int] = field(default_factory=list)  # signals to stop
+    caught: Caught = field(default_factory=Caught)  # signals to stop
 
     @property
     def per_epoch(self) -> int:
@@ -87,6 +91,11 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """Runs with equal settings end with equal weights."""
         return settings_of(self.args, self.data, self.class_weights)
+
+    @property
+    def base(self) -> int:
+        """The short side of validation images, as evaluate.py has it for the checkpoint."""
+        return base_of({"settings": self.settings})
 
 
 # ---- the start
@@ -130,7 +139,7 @@ def make_network(
         images //= world
     config = configuration(args, num_classes)
     try:
-        check_batch(config, args, images)
+        check_network(config, args, images)
         torch.manual_seed(args.seed)
         net = dnl.build(config, import_factory(config.context))
     except InputError:
@@ -176,6 +185,26 @@ def make_optimizer(net: dnl.Network, args: argparse.Namespace) -> torch.optim.SG
     )
 
 
+def check_ranks_agree(run: Run) -> None:
+    """InputError on every rank if one has other flags or data than rank 0: they could hang."""
+    own = vars(run.args) | run.settings
+    for name in ("root", "cache", "workers"):  # a node may have its own
+        del own[name]
+    of_rank_0 = [own]
+    if run.world > 1:
+        dist.broadcast_object_list(of_rank_0, 0, device=torch.device("cpu"))
+    differ = []
+    for name, value in of_rank_0[0].items():
+        if value != own[name]:
+            differ.append(f"{name} {value} -> {own[name]}")
+    with fail_on_all_ranks():
+        if differ:
+            raise InputError(
+                f"rank {run.rank}: differs from rank 0: {'; '.join(differ)}: start every rank with "
+                "the same flags and data"
+            )
+
+
 def connect(run: Run) -> None:
     """Compile the network if asked, put it under DDP with rank 0's weights, copy it for --ema."""
     if run.args.compile:
@@ -212,9 +241,7 @@ def locked_folder(path: Path) -> Iterator[None]:
     """Make the run's folder and lock it. InputError if another training has the lock."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        # A pipe of that name must not block, a link must not be followed.
-        flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW
-        lock = os.fdopen(os.open(path / ".lock", flags), "w")
+        lock = open_lock(path / ".lock")
     except OSError as e:
         raise InputError(f"--out {quote(path)}: {e.strerror}: choose another") from None
     with lock:
@@ -268,7 +295,8 @@ def save(run: Run) -> None:
     InputError if losses or weights are not finite: they would replace good ones.
     """
     check_finite(run)
-    if not all(t.isfinite().all() for t in run.net.state_dict().values()):
+    weights = run.net.state_dict()
+    if not all(weights[name].isfinite().all() for name in weight_names(run.net)):
         raise not_finite(run, run.step - 1, "weights are")
     state = state_of(run)
     if run.rank > 0:

@@ -6,6 +6,7 @@ device, precision, signals.
 
 import argparse
 import io
+import multiprocessing
 import os
 import resource
 import secrets
@@ -98,6 +99,22 @@ def regular_file(path: Path | str) -> Path:
     return Path(path)
 
 
+def open_lock(path: Path) -> TextIO:
+    """A file to lock. A pipe of that name does not block, and a link is not followed."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW
+    return os.fdopen(os.open(path, flags), "w")
+
+
+def check_open_files(needed: int) -> None:
+    """InputError if the system allows this process fewer open files."""
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if 0 <= allowed < needed:
+        raise InputError(
+            f"the system allows {allowed} open files, and --workers needs {needed}: raise the "
+            f"limit (ulimit -n {needed}), or give --workers 0"
+        )
+
+
 def write(path: Path, save: Callable[[BinaryIO], object]) -> None:
     """Call save(file) on a new file beside `path`, flush it to the disk, then replace `path`.
 
@@ -144,6 +161,11 @@ FLAGS: dict[str, dict[str, Any]] = {  # the same in every script that takes a ch
     "root": {"help": "its folder (default: the checkpoint's)"},
     "split": {"default": "val", "help": "of the data set (default: val)"},
     "scales": {"type": float, "nargs": "+", "default": [1.0], "help": "averaged (default: 1.0)"},
+    "base": {
+        "type": int,
+        "help": "short side of images at a scale of 1.0; 0: as they are (default: the crop of the "
+        "training for ade20k, 0 for others)",
+    },
     "flip": {"action": "store_true", "help": "average with the mirrored image"},
     "crop": {"type": int, "help": "sliding windows of this size (default: the whole image)"},
     "amp": {"choices": ["auto", *AMP], "help": "precision (default: the checkpoint's)"},
@@ -169,6 +191,8 @@ def parse_flags(
         raise InputError(f"--workers {args.workers}: expected 0 or more")
     if "crop" in names and args.crop is not None and args.crop < 1:
         raise InputError(f"--crop {args.crop}: expected 1 or more")
+    if "base" in names and args.base is not None and not 0 <= args.base <= 8192:
+        raise InputError(f"--base {args.base}: expected 0 to 8192")
     for scale in args.scales if "scales" in names else ():
         if not 0.01 <= scale <= 10:
             raise InputError(f"--scales {scale}: expected 0.01 to 10")
@@ -248,7 +272,15 @@ def run_script(main: Callable[[], int | None], needs_output: bool = True) -> Non
                 stream.flush()
         except OSError:
             discard_output(stream)
+    kill_children()
     sys.exit(status)
+
+
+def kill_children() -> None:
+    """Kill processes that are left, such as stopped ones that read images: the exit would wait."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for each
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 # ---- ranks
@@ -394,17 +426,61 @@ GROUP_SIGNALS = existing_signals("SIGINT", "SIGUSR1", "SIGHUP")
 
 
 @contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """A list that receives the numbers of SIGTERM, SIGINT, SIGUSR1 (Slurm's warning) and SIGHUP
-    while the block runs.
+def time_limit(seconds: int, message: str) -> Iterator[None]:
+    """Raise TimeoutError with the message if the block takes longer; 0 is no limit."""
+
+    def stop(number: int, frame: object) -> None:
+        raise TimeoutError(message)
+
+    if not seconds:
+        yield
+        return
+    old = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, old)
+
+
+class Interrupted(BaseException):
+    """A signal came during a wait. Not an Exception: those mean a wrong file when one is read."""
+
+
+class Caught(list[int]):
+    """The numbers of the signals that came. While `waiting`, a signal also raises Interrupted."""
+
+    waiting = False
+
+    def __call__(self, number: int, frame: object) -> None:
+        self.append(number)
+        if self.waiting:
+            raise Interrupted
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """A block, such as the wait for a batch, that a signal ends. It may have come before."""
+        self.waiting = True
+        try:
+            if self:
+                raise Interrupted
+            yield
+        finally:
+            self.waiting = False
+
+
+@contextmanager
+def stop_signals() -> Iterator[Caught]:
+    """Catch SIGTERM, SIGINT, SIGUSR1 (Slurm's warning) and SIGHUP while the block runs.
 
     A signal that is ignored, as SIGHUP is under nohup, stays so.
     """
-    caught: list[int] = []
+    caught = Caught()
     old = {}
     for number in (signal.SIGTERM, *GROUP_SIGNALS):
         if signal.getsignal(number) != signal.SIG_IGN:
-            old[number] = signal.signal(number, lambda number, frame: caught.append(number))
+            old[number] = signal.signal(number, caught)
     try:
         yield caught
     finally:

@@ -1,4 +1,4 @@
-"""dnl.py alone: every equation of the paper and every promise of the file. Needs torch, numpy, pytest and released.npz beside it."""
+"""Tests of dnl.py alone. They need torch, numpy and pytest, and released.npz beside them."""
 
 import ast
 import os
@@ -8,8 +8,10 @@ import subprocess
 import sys
 import textwrap
 import zlib
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ import dnl
 from dnl import PAPER, RELEASED, DenoisedNonLocal, ResNet, build, denoised_attention, denoised_maps
 
 HERE = Path(__file__).parent
-SMALL = dict(backbone="resnet18", channels=16, num_classes=5)
+SMALL = {"backbone": "resnet18", "channels": 16, "num_classes": 5}
 
 
 def qkvp(size, batch=2, channels=6, keys=4, classes=3, seed=0, dtype=torch.double):
@@ -51,7 +53,7 @@ def gap(a, b):
     return max((x.double() - y.double()).abs().max().item() for x, y in zip(a, b, strict=True))
 
 
-# ----------------------------------------------------------------------------- the paper's formulas, pixel by pixel
+# ------------------------------------------------------------- the paper's formulas, pixel by pixel
 
 
 def sigmoid(x):
@@ -59,7 +61,7 @@ def sigmoid(x):
 
 
 def loop_maps(q, k, p, size, kernel):
-    """A, A', A'' of one image, from eq. 4 and Section III-D, E in plain loops. q, k (C', N), p (n, N) or None."""
+    """A, A', A'' of one image by loops (eq. 4, Section III-D, E). q, k (C', N), p (n, N), None."""
     (H, W), N, r = size, q.shape[1], kernel // 2
     a, rectified, retained = np.zeros((3, N, N))
     for j in range(N):
@@ -166,7 +168,7 @@ def test_spreading_values_is_the_adjoint_of_local_retention(kernel):
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_the_memory_format_does_not_change_the_result(batch):
-    """Channels innermost, as in a network that runs in channels_last: the same bits, and V~ is laid out as V is."""
+    """Channels innermost, as in a channels_last network: the same bits, and V~ is laid out as V."""
     q, k, v, p = (x.detach() for x in qkvp((5, 6), batch))
     last = [x.mT.contiguous().mT.requires_grad_() for x in (q, k, v, p)]
     plain = [x.clone().requires_grad_() for x in (q, k, v, p)]
@@ -194,7 +196,7 @@ def test_chosen_queries_are_rows_of_the_whole_map(kernel):
         assert some.shape == (2, 3, 20) and gap([some], [whole[:, rows]]) < 1e-12
 
 
-# ------------------------------------------------------------------------------------------ the value route's promises
+# ----------------------------------------------------------------------- the value route's promises
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 7, 35, 100])
@@ -271,7 +273,7 @@ def test_no_map_is_ever_made_by_the_value_route(route, keeps):
 )
 @pytest.mark.parametrize("autocast", [False, True])
 def test_logits_up_to_1e4_agree_with_double_precision(dtype, tolerance, autocast):
-    """Q, K, P are small integers: exact in every type, so a logit rounded or overflowed on the way is seen."""
+    """Q, K, P are small integers, exact in every type: the test sees a rounded or lost logit."""
     g, size, N = torch.Generator().manual_seed(0), (8, 9), 72
     q, k = (torch.randint(-60, 61, (2, 8, N), generator=g).double() for _ in "qk")
     p, v = (
@@ -315,7 +317,7 @@ def test_flops_are_those_of_table_v():
     assert 7.8 < gflops(lambda: block(f)) <= 7.90
 
 
-# ------------------------------------------------------------------------------------------------------- the block
+# ---------------------------------------------------------------------------------------- the block
 
 
 def opened(module):
@@ -352,6 +354,43 @@ def test_the_block_takes_the_callers_class_predictions():
         block(f)
 
 
+@pytest.mark.parametrize(
+    "p",
+    [
+        torch.randn(2, 5, 11, 9),  # another size, the same number of pixels
+        torch.randn(1, 5, 9, 11),
+        torch.randn(2, 0, 9, 11),
+        torch.randn(2, 5, 99),
+        torch.randn(2, 5, 9, 11, dtype=torch.double),
+        torch.ones(2, 5, 9, 11, dtype=torch.long),
+    ],
+    ids=["size", "batch", "no class", "flat", "double", "integer"],
+)
+def test_class_predictions_that_do_not_fit_are_named(p):
+    block, f = opened(DenoisedNonLocal(16, 5)), torch.randn(2, 16, 9, 11)
+    got = (
+        f"p {tuple(p.shape)}, {p.dtype}, for F (2, 16, 9, 11), torch.float32: expected (B, n, H, W)"
+    )
+    with pytest.raises(ValueError, match=re.escape(got)):
+        block(f, p)
+
+
+def test_class_predictions_may_be_of_lower_precision():
+    block, f, p = (
+        opened(DenoisedNonLocal(16, 5)),
+        torch.randn(2, 16, 9, 11),
+        torch.randn(2, 5, 9, 11),
+    )
+    assert torch.equal(block(f, p.bfloat16()), block(f, p.bfloat16().float()))
+
+
+@pytest.mark.parametrize("kernel", [-1, -2, 2])
+def test_a_window_needs_an_odd_size(kernel):
+    with pytest.raises(ValueError, match=f"kernel {kernel}: LR's window needs an odd size above 0"):
+        DenoisedNonLocal(16, 5, kernel=kernel)
+    assert DenoisedNonLocal(16, 5, kernel=kernel, lr=False).kernel == 0
+
+
 def test_the_block_compiles_without_a_break():
     block, f = opened(DenoisedNonLocal(16, 5)), torch.randn(2, 16, 6, 7)
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
@@ -374,7 +413,7 @@ def test_the_block_exports_with_free_height_and_width():
 
 @pytest.mark.parametrize("config", [PAPER, RELEASED], ids=["paper", "released"])
 def test_a_network_exports_and_the_program_is_the_network(config, tmp_path):
-    """With free batch, height and width, saved and loaded again: any number of images from 17 pixels a side up."""
+    """Saved and loaded again, with free batch, height and width, from 17 pixels a side up."""
     net, Dim = opened(build(replace(config, **SMALL | {"channels": 32}))).eval(), torch.export.Dim
     free = {0: Dim("batch"), 2: Dim("height", min=17), 3: Dim("width", min=17)}
     net.to(memory_format=torch.channels_last).to(
@@ -388,11 +427,11 @@ def test_a_network_exports_and_the_program_is_the_network(config, tmp_path):
         assert gap([program(image)], [net(image)]) < 1e-4
 
 
-# ------------------------------------------------------------------------------------------------- the backbone
+# ------------------------------------------------------------------------------------- the backbone
 
 
 def resnet_shapes(name):
-    """torchvision's names and shapes of a ResNet's parameters and buffers without fc, from the rule they follow."""
+    """torchvision's names and shapes of a ResNet without fc, from the rule that they follow."""
     depths = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}[
         int(name[6:])
     ]
@@ -541,7 +580,7 @@ def test_imagenet_weights_come_hash_checked_and_only_for_the_plain_stem(name, fi
     with torch.device("meta"):
         plain, deep = ResNet(name), ResNet(name, deep_stem=True)
     with pytest.raises(
-        ValueError, match="weights imagenet does not fit: missing: conv1.weight"
+        ValueError, match=r"weights imagenet does not fit: missing: conv1\.weight"
     ):  # for the empty file
         dnl.load_backbone(plain, name, "imagenet")
     with pytest.raises(ValueError, match="plain stem"):
@@ -565,42 +604,37 @@ def test_recompute_changes_neither_gradients_nor_statistics(config):
     assert gap(*results) < 1e-12
 
 
-# -------------------------------------------------------------------------------------------------- the network
+# -------------------------------------------------------------------------------------- the network
 
-SWITCHES = [
-    ("paper", s)
-    for s in (
-        {},
-        {"gr": False},
-        {"lr": False},
-        {"gr": False, "lr": False},
-        {"kernel": 5},
-        {"p_supervised": True},
-        {"p_supervised": True, "lr": False},
-        {"p_from": "res3"},
-        {"context": "nl"},
-        {"context": "none"},
-        {"context": "mine:conv"},
-    )
+PAPER_SWITCHES: list[dict[str, Any]] = [
+    {},
+    {"gr": False},
+    {"lr": False},
+    {"gr": False, "lr": False},
+    {"kernel": 5},
+    {"p_supervised": True},
+    {"p_supervised": True, "lr": False},
+    {"p_from": "res3"},
+    {"context": "nl"},
+    {"context": "none"},
+    {"context": "mine:conv"},
 ]
-SWITCHES += [
-    ("released", s)
-    for s in (
-        {},
-        {"gr": False},
-        {"lr": False},
-        {"gr": False, "lr": False},
-        {"p_from": "feature", "p_supervised": True},
-        {"context": "nl"},
-        {"context": "none"},
-        {"context": "mine:conv"},
-    )
+RELEASED_SWITCHES: list[dict[str, Any]] = [
+    {},
+    {"gr": False},
+    {"lr": False},
+    {"gr": False, "lr": False},
+    {"p_from": "feature", "p_supervised": True},
+    {"context": "nl"},
+    {"context": "none"},
+    {"context": "mine:conv"},
 ]
+SWITCHES = [("paper", s) for s in PAPER_SWITCHES] + [("released", s) for s in RELEASED_SWITCHES]
 
 
 @pytest.mark.parametrize("preset, switches", SWITCHES, ids=str)
 def test_every_switch_trains_a_step_of_every_parameter(preset, switches):
-    """Promise: every parameter is in the loss in every configuration, or DDP stops with unused parameters."""
+    """Promise: each parameter is in the loss in any configuration; DDP stops at unused ones."""
     torch.manual_seed(0)
     config = replace(PAPER if preset == "paper" else RELEASED, **SMALL | switches)
     mine = config.context == "mine:conv"
@@ -622,7 +656,7 @@ def test_every_switch_trains_a_step_of_every_parameter(preset, switches):
 
 
 def test_the_rows_of_table_ii_differ_in_what_they_should():
-    """The same weights through every row of the ablation: the switches change F', by the map route's account."""
+    """The switches change F' of the same weights as the map route says."""
     torch.manual_seed(0)
     whole, f = opened(build(replace(PAPER, **SMALL))).context, torch.randn(1, 16, 5, 6)
     q, k, v, p = whole.inputs(f)
@@ -648,9 +682,9 @@ def test_the_paper_preset_is_fig_3_put_together():
     net = opened(build(replace(PAPER, **SMALL))).double().eval()
     image, up = (
         torch.randn(2, 3, 65, 50, dtype=torch.double),
-        dict(mode="bilinear", align_corners=True),
+        {"mode": "bilinear", "align_corners": True},
     )
-    res2, res3, x = net.backbone(image)
+    x = net.backbone(image)[2]
     f = net.down(net.reduce(x))  # stride 16
     block = net.context
     q, k, v, p = (
@@ -669,6 +703,43 @@ def test_the_paper_preset_is_fig_3_put_together():
         and isinstance(net.aux3, nn.Conv2d)
         and net.aux2.bias is not None
     )
+
+
+@pytest.mark.parametrize("config", [PAPER, RELEASED], ids=["paper", "released"])
+def test_a_training_forward_calls_each_module_once(config):
+    net, calls = build(replace(config, **SMALL)).train(), []
+    for name, module in net.named_modules():
+        module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    net(torch.randn(2, 3, 48, 40))
+    assert sorted(calls) == sorted(name for name, _ in net.named_modules())
+
+
+def test_p_and_the_loss_share_one_run_of_the_res3_head():
+    """Outputs, weights and statistics after a step are those of a forward that runs it once."""
+    torch.manual_seed(0)
+    net = opened(build(replace(RELEASED, **SMALL | {"dropout": 0.0}))).double().train()
+    reference, image = deepcopy(net), torch.randn(2, 3, 48, 40, dtype=torch.double)
+    up = {"mode": "bilinear", "align_corners": True}
+    res2, res3, x = reference.backbone(image)
+    f, aux3 = reference.down(reference.reduce(x)), reference.aux3(res3)
+    p = F.interpolate(aux3, f.shape[2:], **up).softmax(1)
+    f = reference.refine(F.interpolate(reference.context(f, p), x.shape[2:], **up))
+    expected = [reference.head(torch.cat([x, f], 1)), reference.aux2(res2), aux3]
+    outputs = net(image, full_size=False)
+    assert gap(outputs, expected) < 1e-12
+    for model, results in ((net, outputs), (reference, expected)):
+        sum(o.square().mean() for o in results).backward()
+        torch.optim.SGD(model.parameters(), lr=1e-2).step()
+    assert gap(net.state_dict().values(), reference.state_dict().values()) < 1e-12
+    assert net.aux3[1].num_batches_tracked == 1
+
+
+def test_p_and_the_res3_output_have_one_dropout_mask():
+    net, handed = build(replace(RELEASED, **SMALL | {"dropout": 0.5})).train(), []
+    net.context.register_forward_pre_hook(lambda _, inputs: handed.append(inputs[1]))
+    aux3 = net(torch.randn(2, 3, 64, 64), full_size=False)[2]
+    up = {"mode": "bilinear", "align_corners": True}
+    assert torch.equal(handed[0], F.interpolate(aux3, handed[0].shape[2:], **up).softmax(1))
 
 
 def test_in_training_the_outputs_are_logits_res2_res3_and_p_at_their_own_sizes():
@@ -690,15 +761,18 @@ def test_any_image_size(config, size):
     "change, line",
     [
         (
-            dict(backbone="resnet19"),
+            {"backbone": "resnet19"},
             "backbone 'resnet19': expected one of resnet18, resnet34, resnet50, resnet101",
         ),
-        (dict(p_from="res4"), "p_from 'res4': expected 'feature' or 'res3'"),
-        (dict(context="mine:conv"), "context 'mine:conv': expected dnl, nl, none, or its factory"),
-        (dict(kernel=4), "kernel 4: LR's window needs an odd size"),
-        (dict(p_supervised=True, gr=False), "a supervised P needs GR"),
-        (dict(p_supervised=True, context="nl"), "a supervised P needs GR"),
-        (dict(p_supervised=True, p_from="res3"), "a supervised P needs GR with P from the feature"),
+        ({"p_from": "res4"}, "p_from 'res4': expected 'feature' or 'res3'"),
+        ({"context": "mine:conv"}, "context 'mine:conv': expected dnl, nl, none, or its factory"),
+        ({"kernel": 4}, "kernel 4: LR's window needs an odd size"),
+        ({"p_supervised": True, "gr": False}, "a supervised P needs GR"),
+        ({"p_supervised": True, "context": "nl"}, "a supervised P needs GR"),
+        (
+            {"p_supervised": True, "p_from": "res3"},
+            "a supervised P needs GR with P from the feature",
+        ),
     ],
     ids=str,
 )
@@ -707,7 +781,7 @@ def test_build_says_what_is_wrong(change, line):
         build(replace(PAPER, **SMALL | change))
 
 
-# ------------------------------------------------------------------------------------------- the authors' model
+# ------------------------------------------------------------------------------- the authors' model
 
 
 def released_tensor(name, shape):
@@ -734,7 +808,7 @@ def released_tensor(name, shape):
 
 @pytest.fixture(scope="module")
 def released():
-    """The stored numbers, and the authors' state: `interp` holds the tensors of `down_sample.downsample`."""
+    """The stored numbers, and the authors' state; `interp` is `down_sample.downsample` again."""
     with np.load(HERE / "released.npz") as file:
         stored = {k: torch.from_numpy(file[k]) for k in ("out", "aux1", "aux2", "f")}
         lines = file["tensors"].tobytes().decode().splitlines()
@@ -751,13 +825,13 @@ def released_gaps(net, images, stored):
         np.random.default_rng(2026).standard_normal((2, 3, 128, 160)).astype(np.float32)[:images]
     )
     with torch.inference_mode():
-        res2, res3, _, f, _ = net.features(torch.from_numpy(image))
+        res2, aux3, _, f, _ = net.features(torch.from_numpy(image))
         own = {
             k: F.interpolate(o, (128, 160), mode="bilinear", align_corners=True)[:, :, ::16, ::16]
             for k, o in (
                 ("out", net(torch.from_numpy(image))),
                 ("aux1", net.aux2(res2)),
-                ("aux2", net.aux3(res3)),
+                ("aux2", aux3),
             )
         }
     own["f"] = f[:, ::32, ::2, ::2]
@@ -784,7 +858,7 @@ def test_released_preset_equals_the_authors_model_and_the_check_can_fail(release
     assert gaps["out"] > 1e-3 and gaps["f"] > 1e-3 and max(gaps["aux1"], gaps["aux2"]) < 1e-4
 
 
-# ------------------------------------------------------------------------------------------ dnl.py as a file
+# --------------------------------------------------------------------------------- dnl.py as a file
 
 
 def run_python(code, folder):
@@ -816,8 +890,9 @@ def test_importing_dnl_draws_no_random_number_and_changes_no_setting(tmp_path):
         textwrap.dedent("""
         import torch
         def state():
-            return (torch.get_rng_state().tolist(), torch.get_default_dtype(), torch.get_num_threads(),
-                    torch.is_grad_enabled(), torch.backends.cudnn.benchmark)
+            return (torch.get_rng_state().tolist(), torch.get_default_dtype(),
+                    torch.get_num_threads(), torch.is_grad_enabled(),
+                    torch.backends.cudnn.benchmark)
         before = state()
         import dnl
         if state() != before:

@@ -22,12 +22,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import recipe
-from data import IGNORE, color_jitter, normalize, train_batches
+from data import IGNORE, RELATIVE, color_jitter, normalize, train_batches
 from evaluate import evaluate, iou_table, scores
-from run import Run, check_finite, connect, locked_folder, restore, save, start_run
+from run import (
+    Run,
+    check_finite,
+    check_ranks_agree,
+    connect,
+    locked_folder,
+    restore,
+    save,
+    start_run,
+)
 from runtime import (
     AMP,
     InputError,
+    Interrupted,
     choose_kernels,
     distributed,
     fail_on_all_ranks,
@@ -58,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 stack.enter_context(locked_folder(args.out))
                 for text in recipe.recipe_warnings(args):
                     print_line(f"note: {text}", error=True)
+        check_ranks_agree(run)
         connect(run)
         with fail_on_all_ranks():
             restore(run)
@@ -113,7 +124,7 @@ def open_batches(run: Run) -> Generator[Batch, None, None]:
         world=run.world,
         crop=run.args.crop,
         scale=tuple(run.args.scale),
-        relative=recipe.SETTINGS[run.args.data].relative,
+        relative=run.args.data in RELATIVE,
         workers=run.args.workers,
         pin=run.device.type == "cuda",
     )
@@ -128,8 +139,11 @@ def next_batch(run: Run, batches: Iterator[Batch]) -> tuple[Batch, float, bool]:
     """
     failure, labelled = None, 0.0
     try:
-        batch = next(batches)
+        with run.caught.interruptible():
+            batch = next(batches)
         labelled = count_labelled(run, batch[1]).item()
+    except Interrupted:  # every rank stops below
+        pass
     except InputError as e:
         failure = e
     labelled, signals, unsaved = sum_over_ranks([labelled, len(run.caught), run.unsaved], failure)
@@ -294,6 +308,7 @@ def validate(run: Run, net: nn.Module) -> dict[str, Any]:
             rank=run.rank,
             world=run.world,
             workers=run.args.workers,
+            base=run.base,
             amp=AMP[run.args.amp],
             progress=stop_at_signal,
         )

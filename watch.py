@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data import read
-from evaluate import predict
+from data import base_factor, read
+from evaluate import predict, top_class
 from pictures import colorize, sheet
 from recipe import set_mode
 from run import Run
@@ -102,7 +102,9 @@ def val_sheet(run: Run) -> Image.Image:
     for i in np.linspace(0, len(run.val) - 1, min(4, len(run.val))).round().astype(int):
         image, label = read(run.val, int(i))
         x = torch.from_numpy(image.transpose(2, 0, 1).copy()).to(run.device)
-        guess = predict(run.net, x, amp=AMP[run.args.amp]).argmax(0).byte().cpu().numpy()
+        factor = base_factor(image.shape[:2], run.base)
+        p = predict(run.net, x, factor=factor, amp=AMP[run.args.amp])
+        guess = top_class(p, x.shape[1:])[0].cpu().numpy()
         truth = cast(np.ndarray, label)  # this split is validated on, so it has labels
         masks = [colorize(ids, run.val.colors) for ids in (truth, guess)]
         rows.append([Image.fromarray(image), *masks])

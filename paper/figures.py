@@ -22,9 +22,9 @@ from PIL.Image import Resampling
 
 import dnl
 from attention import attention_row, attention_sheet, pixel_of, require_attention, require_pixel
-from checkpoint import load_network, open_like, read_checkpoint
+from checkpoint import base_of, load_network, open_like, read_checkpoint
 from classes import IGNORE, Color
-from data import DataSet, read
+from data import DataSet, base_factor, read
 from decode import decode_image
 from evaluate import predict_ids
 from paper.curves import curves
@@ -65,7 +65,7 @@ def attention(args: argparse.Namespace, device: torch.device) -> Image.Image:
     """A row for each image and chosen pixel; by default two pixels of different classes."""
     net, checkpoint = load(args.checkpoint, device, args.context)
     require_attention(net, args.checkpoint)
-    amp = AMP[choose_amp(checkpoint["amp"], device)]
+    amp, base = AMP[choose_amp(checkpoint["amp"], device)], base_of(checkpoint)
     rows = []
     for path in args.images:
         decoded = torch.tensor(decode_image(Path(path)), device=device)
@@ -73,11 +73,12 @@ def attention(args: argparse.Namespace, device: torch.device) -> Image.Image:
         _, H, W = image.shape
         for pixel in args.pixel or ():
             require_pixel(pixel, W, H, path)
-        ids, _ = predict_ids(net, image, path, device=device, amp=amp)
+        ids, _ = predict_ids(net, image, path, device=device, base=base, amp=amp)
         rng = np.random.default_rng(args.seed)
         for x, y in args.pixel or draw_pixels(ids, 2, rng):
             caption = f"{x},{y} {checkpoint['classes'][ids[y, x]]}"
-            row = attention_row(net, image, (x, y), caption, args.width)
+            factor = base_factor((H, W), base)
+            row = attention_row(net, image, (x, y), caption, args.width, factor)
             rows.append(row)
     return attention_sheet(rows)
 
@@ -177,12 +178,12 @@ def predictions(
         net, checkpoint = load(path, device, args.context)
         dataset = open_like(checkpoint, args.data, args.root, args.split, path)
         chosen = choose_images(dataset, args.images)
-        amp = AMP[choose_amp(checkpoint["amp"], device)]
+        amp, base = AMP[choose_amp(checkpoint["amp"], device)], base_of(checkpoint)
         predicted = []
         for i in chosen:
             image, _ = read(dataset, i)
             pixels = torch.tensor(image).permute(2, 0, 1)
-            ids, _ = predict_ids(net, pixels, path, device=device, amp=amp)
+            ids, _ = predict_ids(net, pixels, path, device=device, base=base, amp=amp)
             predicted.append(ids)
         guesses.append(predicted)
     return dataset, chosen, guesses

@@ -27,9 +27,9 @@ from torch import Tensor
 
 import dnl
 from attention import attention_inputs, require_attention
-from checkpoint import load_network, open_like
+from checkpoint import base_of, load_network, open_like
 from classes import IGNORE
-from data import DataSet, eval_images
+from data import DataSet, base_factor, eval_images
 from runtime import InputError, Parser, parse_flags, print_progress, run_script
 
 MAPS = ("A", "A'", "A''")
@@ -89,13 +89,15 @@ def image_noise(
     label: Tensor,
     count: int,
     rng: np.random.Generator,
+    base: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Both noises of A, A', A'' for sampled queries of an image, and the queries' classes.
 
     image (3, H, W) 0..255, label (H, W), on the network's device -> (3, 2, R) float64, (R,) int64.
+    base: of `base_factor`.
     """
     block = cast(dnl.DenoisedNonLocal, net.context)  # require_attention has checked this
-    q, k, p, size = attention_inputs(net, image)
+    q, k, p, size = attention_inputs(net, image, base_factor(label.shape, base))
     label = labels_at(label, size).long()  # (N,)
     drawn = sample_queries(label.cpu().numpy(), count, rng)
     queries = torch.from_numpy(drawn).to(label.device)
@@ -116,6 +118,7 @@ def measure(
     seed: int,
     device: torch.device,
     workers: int = 0,
+    base: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Mean noise (3, 2, n) of each map and class, and the numbers of queries in it, (3, 2, n).
 
@@ -136,7 +139,7 @@ def measure(
             continue  # no query
         image, label = image.to(device), label.to(device)
         rng = np.random.default_rng((seed, index))
-        values, classes = image_noise(net, image, label, queries, rng)
+        values, classes = image_noise(net, image, label, queries, rng, base)
         sums.index_add_(2, classes, values.nan_to_num(0))
         counts.index_add_(2, classes, (~values.isnan()).double())
     return (sums / counts).cpu(), counts.long().cpu()
@@ -216,6 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         seed=args.seed,
         device=device,
         workers=args.workers,
+        base=base_of(checkpoint),
     )
     print(noise_table(means, counts, dataset.classes))
     if args.json:

@@ -35,7 +35,16 @@ import recipe
 from data import open_dataset
 from paper.complexity import complexity, complexity_table
 from paper.measure import markdown
-from runtime import InputError, Parser, print_line, print_progress, quote, run_script, write
+from runtime import (
+    InputError,
+    Parser,
+    open_lock,
+    print_line,
+    print_progress,
+    quote,
+    run_script,
+    write,
+)
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
@@ -213,7 +222,7 @@ def locked(out: Path) -> Iterator[int]:
     Runs that outlive a killed command hold it too.
     """
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w") as file:
+    with open_lock(out / ".lock") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

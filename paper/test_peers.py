@@ -367,8 +367,8 @@ def test_wrong_arguments():
 
 def train_each_peer(rank, world, port):
     """A step of every peer in the network: all parameters have gradients, equal on both ranks."""
-    torch.set_num_threads(1)
     if world > 1:
+        torch.set_num_threads(1)  # a process of its own
         torch.distributed.init_process_group(
             "gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
         )

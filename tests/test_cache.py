@@ -3,6 +3,7 @@
 import json
 import os
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -108,3 +109,32 @@ def test_cache_of_several_ranks_at_once(folder, tmp_path):
             pool.map(data.open_dataset, *zip(*[("folder", folder, "val", tmp_path / "cache")] * 4))
         )
     assert all(s == sets[0] for s in sets) and len(list((tmp_path / "cache").glob("*.bin"))) == 1
+
+
+@pytest.mark.parametrize("plant", ["nested", "pipe", "lock"])
+def test_a_planted_index_is_made_again(folder, tmp_path, plant):
+    cache = tmp_path / "cache"
+    expected = data.open_dataset("folder", folder, "train", cache)
+    base = str(expected.copy.path).removesuffix(".bin")
+    index = Path(f"{base}.json")
+    whole = index.read_text()
+    index.unlink()
+    if plant == "nested":
+        index.write_text("[" * 100_000 + "]" * 100_000)
+    elif plant == "pipe":
+        os.mkfifo(index)
+    else:
+        os.unlink(f"{base}.lock")
+        os.mkfifo(f"{base}.lock")
+    assert data.open_dataset("folder", folder, "train", cache).copy == expected.copy
+    assert index.read_text() == whole
+
+
+def test_a_planted_label_is_a_line(folder, tmp_path):
+    dataset = data.open_dataset("folder", folder, "train", tmp_path / "cache")
+    raw = bytearray(dataset.copy.path.read_bytes())
+    raw[-1] = 77  # the last byte of the last label
+    dataset.copy.path.write_bytes(raw)
+    data.read(dataset, 0)
+    with pytest.raises(InputError, match=r"\.bin: holds labels out of range: remove it"):
+        data.read(dataset, 2)

@@ -1,10 +1,13 @@
 """Checkpoints: what reads them, and what is refused."""
 
+import codecs
 import json
 import os
 import shutil
 import signal
 import textwrap
+import time
+from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 
@@ -117,6 +120,31 @@ def test_malicious_pickle_does_nothing(tmp_path):
     with pytest.raises(InputError, match=r"evil\.pt"):
         checkpoint.read_checkpoint(tmp_path / "evil.pt")
     assert not (tmp_path / "touched").exists()
+
+
+def test_an_ordered_dict_whose_attributes_hide_methods_is_a_plain_one(run_folder, tmp_path):
+    state = OrderedDict(torch.load(run_folder / "best.pt", weights_only=True))
+    state.get = state.keys = 1
+    torch.save(state, tmp_path / "x.pt")
+    _, read = checkpoint.load_network(tmp_path / "x.pt", "cpu")
+    assert type(read) is dict and same_state(tmp_path / "x.pt", run_folder / "best.pt")
+
+
+def test_a_pickle_that_names_a_codec_is_refused_at_once(tmp_path):
+    """torch.load allows _codecs.encode, and punycode takes minutes for 30,000 letters."""
+
+    class Slow:
+        def __reduce__(self):
+            return codecs.encode, (
+                "\u4e00" * 10 + "".join(map(chr, range(20_000, 50_000))),
+                "punycode",
+            )
+
+    torch.save({"version": 1, "model": Slow()}, tmp_path / "slow.pt")
+    start = time.monotonic()
+    with pytest.raises(InputError, match=r"slow\.pt: not a readable checkpoint"):
+        checkpoint.read_checkpoint(tmp_path / "slow.pt")
+    assert time.monotonic() - start < 5
 
 
 def test_damaged_checkpoint_falls_back_to_the_previous(run_folder, street, tmp_path, capsys):

@@ -52,13 +52,12 @@ def test_classes_and_settings():
         240,
         512,
     )
-    assert (ade.lr, ade.weight_decay, ade.crop, ade.batch, ade.epochs, ade.relative) == (
+    assert (ade.lr, ade.weight_decay, ade.crop, ade.batch, ade.epochs) == (
         2e-2,
         1e-4,
         608,
         16,
         240,
-        True,
     )
 
 
@@ -668,7 +667,7 @@ def test_files_that_change_while_training_are_named(folder, change, words):
 def test_workers_outlive_signals_to_the_group_from_their_first_moment(monkeypatch):
     numbers, ready = (
         (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGTERM),
-        data._leave_signals,
+        data._prepare_worker,
     )
 
     def signalled(worker):  # before the handlers are set
@@ -676,7 +675,7 @@ def test_workers_outlive_signals_to_the_group_from_their_first_moment(monkeypatc
             os.kill(os.getpid(), number)
         ready(worker)
 
-    monkeypatch.setattr(data, "_leave_signals", signalled)
+    monkeypatch.setattr(data, "_prepare_worker", signalled)
     steps = data.train_batches(
         scenes(6), seed=0, batch=6, start=0, stop=40, rank=0, world=1, crop=8, workers=2
     )

@@ -3,19 +3,23 @@
 import json
 import shutil
 import weakref
+from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import ranks
+from helpers import CPU, TINY, Stub, noise, ranks, save
 from PIL import Image
 
+import checkpoint
 import data
 import evaluate
 import pictures
 import runtime
+import train
+from dnl import PAPER, build
 
 
 def test_confusion_and_scores():
@@ -204,3 +208,171 @@ def test_an_image_that_breaks_while_scoring_is_one_line_on_every_rank(run_folder
         and all(text.count("\n") == 1 for text in texts)
         and "val/3.png" in texts[1]
     ), texts
+
+
+# ---- data sets of relative scale
+
+
+class Recorder(torch.nn.Module):
+    """Two classes by brightness; remembers the size and the type of what it is fed."""
+
+    def __init__(self):
+        super().__init__()
+        self.fed = []
+
+    def forward(self, x):
+        one = torch.nn.functional.conv2d(x, torch.ones(1, 3, 1, 1))
+        self.fed.append((*x.shape[2:], one.dtype))
+        return torch.cat([one, -one], 1).float()
+
+
+SIZES = {"0": (256, 341), "1": (480, 640), "2": (1500, 2000)}
+
+
+@pytest.fixture
+def scenes(tmp_path):
+    """A tree of ADE20K's names; the validation images have its small, usual and large sizes."""
+    root = tmp_path / "ADEChallengeData2016"
+    for split, short in (("training", "train"), ("validation", "val")):
+        for number, (h, w) in SIZES.items():
+            h, w = (90, 120) if short == "train" else (h, w)
+            name = f"ADE_{short}_{number:>08}"
+            label = np.add.outer(np.arange(h) * 9 // h, np.arange(w) * 9 // w) % 4
+            picture = label.astype(np.uint8)[..., None] * np.uint8([60, 20, 40])
+            save(root / "images" / split / f"{name}.jpg", picture, quality=95)
+            save(root / "annotations" / split / f"{name}.png", label.astype(np.uint8))
+    return root
+
+
+def test_training_and_evaluate_feed_ade20k_at_the_crop(scenes, tmp_path, capsys, monkeypatch, stub):
+    fed = []
+    forward = Stub.forward
+
+    def recorded(self, image):
+        fed.append(tuple(image.shape[2:]))
+        return forward(self, image)
+
+    monkeypatch.setattr(Stub, "forward", recorded)
+    run = tmp_path / "run"
+    flags = ["--data", "ade20k", "--root", scenes, "--out", run, "--crop", "64", "--batch", "3"]
+    assert train.main([*TINY, *map(str, flags)]) == 0
+    assert {*fed} == {(64, 64), (64, 85)}  # crops; validation and val.png
+    last = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+
+    def scored(*flags):
+        fed.clear()
+        assert evaluate.main([str(run / "last.pt"), "--json", "--workers", "0", *flags]) == 0
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    same = scored()
+    assert fed == [(64, 85)] * 3 and same["base"] == 64
+    assert (same["miou"], same["accuracy"]) == (last["miou"], last["accuracy"])
+    assert scored("--base", "128")["base"] == 128 and fed == [(128, 170), (128, 171), (128, 171)]
+    assert scored("--base", "0")["base"] == 0 and fed == [*SIZES.values()]
+    scored("--scales", "0.5", "1.5", "--crop", "32")
+    assert {*fed} == {(32, 32)}
+
+
+@pytest.mark.parametrize("size", SIZES.values())
+def test_a_scale_of_one_is_the_base_and_ids_have_the_images_size(size):
+    net, image = Recorder(), torch.full((3, *size), 200, dtype=torch.uint8)
+    image[:, :, : size[1] // 2] = 20
+    ids, confidence = evaluate.predict_ids(net, image, "", device=CPU, base=608)
+    ((h, w, _),) = net.fed
+    assert h == 608 and w == round(608 * size[1] / size[0])
+    assert ids.shape == confidence.shape == size
+    expected = np.broadcast_to(np.arange(size[1]) < size[1] // 2, size)
+    assert (ids != expected).mean() < 0.005  # within a pixel or two of the edge
+    evaluate.predict_ids(net, image, "", device=CPU, base=0)
+    assert net.fed[1][:2] == size
+
+
+@pytest.mark.parametrize("size", [(20, 2000), (2000, 20), (1, 30000), (3, 3), (1, 1)])
+def test_the_long_side_is_bounded(size):
+    net, image = Recorder(), torch.zeros(3, *size, dtype=torch.uint8)
+    ids, _ = evaluate.predict_ids(net, image, "", device=CPU, base=64, scales=[1.0, 2.0])
+    assert [max(f[:2]) for f in net.fed] == [256, 512] if max(size) > 3 else [64, 128]
+    assert ids.shape == size
+
+
+def test_views_of_a_base_are_resized_as_training_does():
+    """From the image itself, anti-aliased: a scale of 2 is not enlarged from the base."""
+    image = torch.from_numpy(noise(90, 130)).permute(2, 0, 1)
+    for size in ((30, 43), (90, 130), (200, 300), (1, 1)):
+        ours = data.resize_smooth(image[None].float(), size)[0]
+        photo = Image.fromarray(noise(90, 130)).resize(size[::-1], Image.Resampling.BILINEAR)
+        assert (
+            ours - torch.tensor(np.asarray(photo)).permute(2, 0, 1)
+        ).abs().max() < 1.1  # Pillow rounds twice
+    assert torch.equal(data.resize_smooth(image[None].float(), (90, 130))[0], image.float())
+    fed = []
+    evaluate.predict(lambda x: fed.append(x) or x, image, factor=1 / 3, scales=[1.0, 2.0])
+    full = data.normalize(data.resize_smooth(image[None].float(), (60, 86)))
+    assert torch.equal(fed[1], full)
+
+
+def test_the_top_class_is_that_of_whole_probabilities_and_holds_one_class(monkeypatch):
+    p = torch.randn(150, 31, 43, generator=torch.Generator().manual_seed(0)).softmax(0)
+    for size in ((31, 43), (200, 311), (12, 17)):
+        whole = data.resize_smooth(p[None], size)[0]
+        largest = []
+
+        def spy(x, size, largest=largest):
+            largest.append(len(x[0]))
+            return data.resize_smooth(x, size)
+
+        monkeypatch.setattr(evaluate, "resize_smooth", spy)
+        ids, top = evaluate.top_class(p, size)
+        assert torch.equal(ids, whole.argmax(0).byte()) and torch.equal(top, whole.amax(0))
+        assert max(largest, default=1) == 1
+    p[:, 3, 4] = torch.nan
+    assert evaluate.top_class(p, (99, 99))[1].isnan().any()
+
+
+def test_tiles_of_a_scaled_image_give_what_the_whole_gives():
+    image = data.resize_smooth(
+        torch.from_numpy(noise(10, 12))[None].permute(0, 3, 1, 2).float(), (150, 190)
+    )[0].byte()
+    whole, tiled = Recorder(), Recorder()
+    for base in (60, 300):
+        ids, confidence = evaluate.predict_ids(whole, image, "", device=CPU, base=base)
+        again, near = evaluate.predict_ids(tiled, image, "", device=CPU, base=base, side=56)
+        assert len(np.unique(ids)) == 2 and (ids != again).mean() < 0.005
+        assert np.abs(confidence.astype(int) - near).mean() < 2
+    assert len(tiled.fed) > 10 and max(h * w for h, w, _ in tiled.fed) <= 56 * 56
+
+
+def test_base_of_checkpoints():
+    settings = {"data": "ade20k", "crop": 608}
+    assert checkpoint.base_of({"settings": settings}) == 608
+    assert checkpoint.base_of({"settings": settings}, 0) == 0
+    assert checkpoint.base_of({"settings": settings | {"data": "cityscapes"}}) == 0
+    assert checkpoint.base_of({}) == 0  # a file without a training's fields
+    old = torch.load(Path(__file__).parent / "version1.pt", weights_only=True)
+    assert checkpoint.base_of(old) == 0
+
+
+# ---- narrow images
+
+
+def fill_freed_memory():
+    """Leave nan in the memory that the next tensors get."""
+    blocks = [torch.full((2**k + 7,), torch.nan) for k in range(4, 18) for _ in range(3)]
+    del blocks
+
+
+def test_narrow_views_on_a_cpu_are_fp32():
+    """torch's bf16 convolutions of stride 2 read memory that nobody wrote, at sides of 1 and 2."""
+    net = Recorder()
+    for size in ((30, 16), (16, 30), (1, 1), (17, 30), (30, 17)):
+        evaluate.predict(net, torch.zeros(3, *size, dtype=torch.uint8), amp=torch.bfloat16)
+    assert [dtype for *_, dtype in net.fed] == [torch.float32] * 3 + [torch.bfloat16] * 2
+    net = build(replace(PAPER, num_classes=5, backbone="resnet18", channels=32)).eval()
+    torch.nn.init.normal_(net.head[-1].weight, std=3.0)
+    runtime.to_device(net, CPU)
+    for side in range(1, 13):
+        for size in ((40, side), (side, 40)):
+            image = torch.from_numpy(noise(*size, side)).permute(2, 0, 1)
+            expected = evaluate.predict(net, image)
+            fill_freed_memory()
+            assert torch.equal(evaluate.predict(net, image, amp=torch.bfloat16), expected), size

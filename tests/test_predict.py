@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CPU, blocks, files, make_checkpoint, predicted, ranks
+from helpers import CPU, Stub, blocks, files, make_checkpoint, predicted, ranks, save
 from PIL import Image
 from torch import nn
 
@@ -397,3 +397,42 @@ def test_ade20k_counts_from_one(photo, tmp_path):
         np.asarray(result), np.asarray(mask).astype(int) + 1
     )
     assert len(np.unique(mask)) > 1
+
+
+def test_ade20k_is_predicted_at_the_crop_of_its_training(tmp_path, monkeypatch, stub):
+    """What the network is fed has a short side of the crop; the files have the image's size."""
+    path = make_checkpoint(tmp_path / "best.pt", ADE20K, "ade20k")
+    saved = torch.load(path, weights_only=True)
+    torch.save(saved | {"settings": {"data": "ade20k", "crop": 64}}, path)
+    fed = []
+    forward = Stub.forward
+
+    def recorded(self, image):
+        fed.append(tuple(image.shape[2:]))
+        return forward(self, image)
+
+    monkeypatch.setattr(Stub, "forward", recorded)
+    sizes = {"0": (256, 341), "1": (480, 640), "2": (1500, 2000), "3": (40, 900)}
+    for number, size in sizes.items():
+        name = f"ADE_val_{number:>08}"
+        save(tmp_path / "validation" / f"{name}.jpg", blocks(*size))
+    images = tmp_path / "validation"
+    for flags in (["--attention", "30,20", "--confidence"], ["--format", "ade20k"]):
+        fed.clear()
+        out = tmp_path / flags[-1]
+        assert predicted(path, images, "--out", out, *flags) == 0
+        repeats = 2 if "--attention" in flags else 1  # the maps are of what is fed
+        assert fed == [*[(64, 85)] * 3 * repeats, *[(11, 256)] * repeats]
+        for number, (h, w) in sizes.items():
+            with Image.open(out / f"ADE_val_{number:>08}.png") as mask:
+                assert mask.size == (w, h)
+    fed.clear()
+    assert predicted(path, images, "--out", tmp_path / "o", "--base", "0") == 0
+    assert fed[:2] == [(256, 341), (480, 640)] and fed[-1] == (40, 900)
+    assert min(map(min, fed[2:-1])) > 500  # tiles of 1500x2000
+    with pytest.raises(InputError, match="--base -1: expected 0 to 8192"):
+        predicted(path, images, "--base", "-1")
+    for settings in ({"data": "ade20k"}, {"data": "ade20k", "crop": -5}):
+        torch.save(saved | {"settings": settings}, path)
+        with pytest.raises(InputError, match="fields missing or wrong: settings"):
+            predicted(path, images)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CPU, ROOT, TINY, forked, ranks, same_run, same_state, trained
+from helpers import CPU, ROOT, TINY, forked, free_port, ranks, same_run, same_state, trained
 from PIL import Image
 
 import checkpoint
@@ -658,3 +658,117 @@ def test_deterministic_gives_the_same_bits_twice(street, tmp_path):
     finally:
         torch.use_deterministic_algorithms(False)
     assert same_run(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("flags", [["--seed", 1], ["--save-every", 1], ["--out", "other"]], ids=str)
+def test_ranks_of_different_flags_end_with_a_line_each(street, tmp_path, monkeypatch, stub, flags):
+    monkeypatch.chdir(tmp_path)
+    port, own = free_port(), [[], flags]
+    processes = [
+        forked(
+            train.main,
+            *TINY,
+            "--root",
+            street,
+            "--out",
+            "r",
+            *own[r],
+            said=f"said{r}",
+            rank=r,
+            world=2,
+            port=port,
+        )
+        for r in range(2)
+    ]
+    for p in processes:
+        p.join(60)
+        p.kill()
+    texts = [Path(f"said{r}").read_text() for r in range(2)]
+    assert [p.exitcode for p in processes] == [2, 2], texts
+    assert all(len(text.splitlines()) == 1 for text in texts), texts
+    name = flags[0][2:].replace("-", "_")
+    assert "rank 1: differs from rank 0: " + name in texts[1] and "rank 0: stopped" in texts[0]
+    assert not list(tmp_path.glob("*/last.pt"))
+
+
+MASKED = """import torch
+class Masked(torch.nn.Module):
+    def __init__(self, channels, num_classes):
+        super().__init__()
+        self.register_buffer("mask", torch.full((1,), -torch.inf))
+        SPARE
+    def forward(self, x):
+        return torch.maximum(x, self.mask)
+"""
+
+
+def test_a_context_may_have_an_infinite_mask_but_no_spare_parameter(street, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "masked.py").write_text(MASKED.replace("SPARE", ""))
+    spare = MASKED.replace("SPARE", "self.scale = torch.nn.Parameter(torch.ones(1))")
+    (tmp_path / "spare.py").write_text(spare)
+    flags = ("--epochs", 1, "--context")
+    assert trained(tmp_path / "r", street, *flags, "masked:Masked") == 0
+    assert evaluate.main([str(tmp_path / "r/last.pt"), "--context", "masked:Masked"]) == 0
+    line = "no output depends on context.scale: use"
+    with pytest.raises(InputError, match=line):
+        trained(tmp_path / "s", street, *flags, "spare:Masked")
+    assert not (tmp_path / "s").exists()
+
+
+def train_with_stopped_reader(street, out, said):
+    """A training whose process that reads images was stopped by SIGSTOP after the first step."""
+    flags = (*TINY, "--root", street, "--out", out, "--epochs", 200, "--workers", 1)
+    process = forked(train.main, *flags, said=said)
+    while "step 1/" not in (said.read_text() if said.exists() else ""):
+        assert process.is_alive()
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGSTOP)
+    return process
+
+
+def test_a_signal_ends_the_wait_for_a_lost_batch(street, tmp_path, stub):
+    process = train_with_stopped_reader(street, tmp_path / "r", tmp_path / "said")
+    time.sleep(2)  # the batches that were ready are used
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    ended = process.exitcode
+    process.kill()
+    assert ended == 143, (tmp_path / "said").read_text()
+    assert "stopped by SIGTERM" in (tmp_path / "said").read_text()
+    assert (tmp_path / "r" / "last.pt").exists()
+
+
+def test_a_lost_batch_is_a_line(street, tmp_path, monkeypatch, stub):
+    monkeypatch.setattr(data, "BATCH_TIMEOUT", 2)
+    process = train_with_stopped_reader(street, tmp_path / "r", tmp_path / "said")
+    process.join(60)
+    ended = process.exitcode
+    process.kill()
+    text = (tmp_path / "said").read_text()
+    assert ended == 1 and "no batch came for 2 s" in text.splitlines()[-1], text
+    assert "Traceback" not in text
+
+
+def test_a_full_shared_memory_is_a_line(street, tmp_path):
+    """/dev/shm of 1 MiB, as a container may have it, and batches of 0.8 MB."""
+    script = f'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec {sys.executable} "$@"'
+    inside = ["unshare", "--mount", "sh", "-c", script, "sh"]
+    if subprocess.run([*inside, "-c", ""], capture_output=True).returncode:
+        pytest.skip("no mount namespace here")
+    flags = (*TINY, "--root", street, "--out", tmp_path / "r", "--workers", 2, "--crop", 256)
+    command = [*inside, ROOT / "train.py", *flags]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and "enlarge /dev/shm" in done.stderr.splitlines()[-1], done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_too_few_open_files_is_a_line(street, tmp_path, stub):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, limits[1]))
+        with pytest.raises(InputError, match="allows 100 open files, and --workers needs 128"):
+            trained(tmp_path / "r", street, "--workers", 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)

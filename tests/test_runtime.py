@@ -17,6 +17,7 @@ from helpers import ROOT, TINY, forked, free_port, ranks, script, status_of
 
 import runtime
 import train
+from run import locked_folder
 from runtime import InputError
 
 
@@ -141,6 +142,24 @@ def test_a_file_is_on_the_disk_before_it_replaces_another(tmp_path, monkeypatch)
     with pytest.raises(ZeroDivisionError):
         runtime.write(tmp_path / "x", lambda f: f.write(b"half") / 0)
     assert (tmp_path / "x").read_bytes() == b"new" and os.listdir(tmp_path) == ["x"]
+
+
+def test_a_planted_link_beside_a_file_is_not_followed(tmp_path, monkeypatch):
+    """Neither by a write nor by the lock of a run; a pipe in its place blocks nothing."""
+    (tmp_path / "mine").write_text("precious")
+    monkeypatch.setattr(runtime.secrets, "token_hex", lambda n: "0" * 8)
+    (tmp_path / "x.00000000.part").symlink_to(tmp_path / "mine")
+    with pytest.raises(FileExistsError):
+        runtime.write(tmp_path / "x", lambda f: f.write(b"new"))
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / ".lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(InputError, match="--out"), locked_folder(tmp_path / "r"):
+        pass
+    assert (tmp_path / "mine").read_text() == "precious"
+    (tmp_path / "r" / ".lock").unlink()
+    os.mkfifo(tmp_path / "r" / ".lock")
+    with locked_folder(tmp_path / "r"):
+        pass
 
 
 def test_a_rank_gives_up_one_that_hangs(tmp_path):

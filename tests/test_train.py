@@ -93,8 +93,8 @@ def gradients(rank, world, port, dtype, accumulate, out):
     """The gradient of one step over `world` gloo ranks, BatchNorm in eval mode, ignored pixels
     spread unevenly.
     """
-    torch.set_num_threads(1)
     if world > 1:
+        torch.set_num_threads(1)  # a process of its own
         torch.distributed.init_process_group(
             "gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
         )
@@ -487,6 +487,7 @@ def test_tensorboard_gets_the_log_and_its_full_disk_stops_nothing(
 
     class Writer:  # in the place of TensorBoard's
         def __init__(self, folder, purge_step):
+            assert purge_step == 1  # what was drawn at the checkpoint's step, 0 here, stays
             if "__init__" in full:
                 raise OSError(28, "No space left on device")
 
