@@ -3,7 +3,6 @@
 import argparse
 import fcntl
 import json
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -156,19 +155,16 @@ def make_network(
 
 
 def fill_backbone(net: dnl.Network, args: argparse.Namespace) -> None:
-    """Fill the backbone from --weights. InputError if the file is missing, broken or another's."""
-    remedy = "expected a file of torchvision's for this backbone, or a checkpoint of train.py"
-    if args.weights == "imagenet":
-        remedy = "if nothing can be downloaded, give --weights FILE"
+    """Fill the backbone from --weights. InputError if they cannot be had or do not fit."""
     try:
         dnl.load_backbone(net.backbone, args.backbone, args.weights)
-    except pickle.UnpicklingError:
-        raise InputError(f"--weights {args.weights}: not a file of weights: {remedy}") from None
     except ValueError as e:
-        raise InputError(f"--weights {args.weights}: {e}") from None
-    except Exception as e:  # a broken file or download fails in any layer
+        raise InputError(f"--weights {quote(args.weights)}: {e}") from None
+    except Exception as e:  # a download can fail in any layer
         what = str(e).split("\n")[0]
-        raise InputError(f"--weights {args.weights}: {what}: {remedy}") from None
+        raise InputError(
+            f"--weights {args.weights}: cannot be downloaded ({what}): give --weights FILE"
+        ) from None
 
 
 def make_optimizer(net: dnl.Network, args: argparse.Namespace) -> torch.optim.SGD:
