@@ -502,6 +502,8 @@ def _bounded(batches: Iterator[Any], seconds: int) -> Iterator[Any]:
 
 def _started(loader: DataLoader) -> Iterator[Any]:
     """iter(loader), with signals blocked. The workers inherit that until they set handlers."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        return iter(loader)
     held = signal.pthread_sigmask(signal.SIG_BLOCK, {*GROUP_SIGNALS, signal.SIGTERM})
     try:
         return iter(loader)
@@ -518,7 +520,8 @@ def _prepare_worker(worker: int) -> None:
     """
     for number in GROUP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
+    if hasattr(signal, "alarm"):  # not on Windows
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {*GROUP_SIGNALS, signal.SIGTERM})
     hook = staticmethod(lambda error, batch: os._exit(1))
     Queue._on_queue_feeder_error = hook  # type: ignore[attr-defined]  # not in typeshed
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {*GROUP_SIGNALS, signal.SIGTERM})

@@ -607,26 +607,25 @@ def load_backbone(backbone: ResNet, name: str, weights: str) -> None:
     """Fill the backbone (name: resnet18 ... resnet101). weights: "imagenet", torchvision's, which
     torch.hub downloads, hash checked; or a file for `read_weights`. ValueError if they do not fit,
     with the names of the keys, or with the ResNet that they are of."""
-    plain = isinstance(backbone.conv1, nn.Conv2d)
     if weights == "imagenet":
-        if not plain:
+        if not isinstance(backbone.conv1, nn.Conv2d):
             raise ValueError("imagenet weights have the plain stem: give a file like resnet101s's")
         url = f"https://download.pytorch.org/models/{LAYOUTS[name][-1]}.pth"
         state = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True)
     else:
         state = read_weights(weights)
     state = {k: v for k, v in state.items() if not k.startswith("fc.")}
-    found = _which_resnet(state, deep_stem=not plain)
+    found = _which_resnet(state)
     if found not in (name, None):
         raise ValueError(f"this is a {found}, expected a {name}")
     load_strict(backbone, state, "the file")
 
 
-def _which_resnet(state: Mapping[str, Tensor], deep_stem: bool) -> str | None:
+def _which_resnet(state: Mapping[str, Tensor]) -> str | None:
     """The name of the ResNet that a state fits."""
     for name in LAYOUTS:
         with torch.device("meta"):
-            blank = ResNet(name, deep_stem=deep_stem)
+            blank = ResNet(name, deep_stem="conv1.0.weight" in state)
         try:
             check_fit(blank, state, name)
         except ValueError:

@@ -276,9 +276,8 @@ def evaluate(
     """The confusion matrix (n, n) of a labelled data set, int64 on the CPU, summed over all ranks.
 
     Rank r takes the images r, r + world, ... base: of `base_factor`. options: as of `predict`.
-    progress(done, images) is called after each image. The network stays in eval mode. InputError,
-    on every rank, for a split without ground truth, an unusable file, or an output that is not
-    finite.
+    progress(done, images) is called after each image. The network stays in eval mode. InputError
+    on every rank: no ground truth, an unusable file, or an output that is not finite.
     """
     if not dataset.labelled:
         raise InputError(

@@ -74,6 +74,7 @@ def training_parser() -> Parser:
     p.add_argument("--cache", metavar="DIR", help="keep a decoded copy there, for speed")
     p.add_argument("--split", choices=["train", "trainval"], default="train", help="(%(default)s)")
     p.add_argument("--out", help="folder of the run (runs/DATA)")
+    p.add_argument("--init", metavar="FILE", help="checkpoint whose network to start from")
     p.add_argument(
         "--resume",
         default="auto",

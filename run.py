@@ -1,8 +1,8 @@
 """A training run: what it carries from step to step, how it starts, is saved and goes on."""
 
 import argparse
-import fcntl
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -17,13 +17,9 @@ from torch import Tensor, nn
 
 import dnl
 from checkpoint import (
-    RUN_FIELDS,
     VERSION,
     base_of,
     finish_save,
-    read_checkpoint,
-    read_if_readable,
-    read_last,
     weight_names,
     write_checkpoint,
     write_last,
@@ -36,6 +32,7 @@ from runtime import (
     choose_amp,
     fail_on_all_ranks,
     import_factory,
+    lock_file,
     open_lock,
     print_line,
     quote,
@@ -66,6 +63,7 @@ class Run:
     step: int = 0
     recent: list[tuple[int, Tensor]] = field(default_factory=list)  # steps, losses not checked yet
     history: list[dict[str, Any]] = field(default_factory=list)  # a line per epoch
+    settings_log: list[dict[str, Any]] = field(default_factory=list)  # and the steps they begin at
     best: float | None = None  # the mIoU of best.pt
     unsaved: bool = False  # the last checkpoint could not be written
     caught: Caught = field(default_factory=Caught)  # signals to stop
@@ -234,27 +232,32 @@ def mean_in_rank_order(state, bucket):  # no annotations: DDP refuses those that
 
 @contextmanager
 def locked_folder(path: Path) -> Iterator[None]:
-    """Make the run's folder and lock it. InputError if another training has the lock."""
+    """Make the run's folder and lock it. InputError if another training has the lock.
+
+    If the block refuses to start (InputError), a new folder does not stay behind.
+    """
+    new = not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = open_lock(path / ".lock")
     except OSError as e:
         raise InputError(f"--out {quote(path)}: {e.strerror}: choose another") from None
     with lock:
-        try:
-            # Loader processes do not inherit this kind of lock; they can outlive a killed training.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
+        if not lock_file(lock):
             raise InputError(
                 f"--out {quote(path)}: another training is writing to it: wait for it, end it, or "
                 "choose another"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
+            )
         for left in path.glob("*.part"):  # by a save that was killed
             left.unlink(missing_ok=True)
         finish_save(path)
-        yield
+        try:
+            yield
+        except InputError:
+            if new and os.listdir(path) == [".lock"]:
+                (path / ".lock").unlink()
+                path.rmdir()
+            raise
 
 
 # ---- saving
@@ -271,6 +274,7 @@ def state_of(run: Run) -> dict[str, Any]:
         "ema": run.ema.state_dict() if run.ema is not None else None,
         "config": asdict(run.net.config),
         "settings": run.settings,
+        "settings_log": run.settings_log,
         "data": run.data.name,
         "root": str(Path(run.args.root).resolve()) if run.args.root else None,
         "classes": list(run.data.classes),
@@ -318,9 +322,10 @@ def save(run: Run) -> None:
 
 
 def write_log(run: Run) -> None:
-    """log.jsonl: a line of the settings, then one per epoch."""
-    lines = [json.dumps(line) + "\n" for line in ({"settings": run.settings}, *run.history)]
-    write(run.args.out / "log.jsonl", lambda f: f.write("".join(lines).encode()))
+    """log.jsonl: a line of the settings, one per epoch, and one where the settings change."""
+    lines = sorted([*run.settings_log, *run.history], key=lambda x: (x["step"], "settings" in x))
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    write(run.args.out / "log.jsonl", lambda f: f.write(text.encode()))
 
 
 def check_finite(run: Run) -> None:
@@ -346,66 +351,3 @@ def not_finite(run: Run, step: int, what: str) -> InputError:
         f"step {step + 1}, rank {run.rank}: the {what} not finite; images {images}; {kept}"
         "lower --lr, or try --clip 1 or --amp off"
     )
-
-
-# ---- going on
-
-
-def restore(run: Run) -> None:
-    """Go on from a checkpoint, if there is one. InputError if its settings differ."""
-    found = find_checkpoint(run)
-    if found is None:
-        return
-    path, state = found
-    differ = []
-    was, now = state["settings"], run.settings
-    for key in sorted({*was, *now}):
-        if was.get(key) != now.get(key):
-            differ.append(f"{key} {was.get(key)} -> {now.get(key)}")
-    if differ:
-        raise InputError(
-            f"{quote(path)}: its settings differ ({'; '.join(differ)}): give the flags of that run "
-            "to go on, or choose another --out"
-        )
-    try:
-        load_state(run, state)
-    except Exception as e:  # a field of another kind can fail in any of these
-        what = f"{type(e).__name__} {e}".replace("\n", " ")
-        raise InputError(f"{quote(path)}: cannot go on from it ({what}): train again") from None
-    if run.rank == 0:
-        best = read_if_readable(run.args.out / "best.pt")
-        if best.get("settings") == run.settings:
-            run.best = float(best["best"])
-        try:
-            write_log(run)
-        except OSError as e:
-            print_line(f"warning: log.jsonl not written ({e})", error=True)
-        print_line(f"resumed {path} at step {run.step} of {run.total}")
-
-
-def find_checkpoint(run: Run) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint of --resume; for auto the newest whole one of the run's folder."""
-    if run.args.resume == "auto":
-        return read_last(run.args.out)
-    there = read_if_readable(run.args.out / "last.pt")
-    if there and there.get("settings") != run.settings:
-        raise InputError(
-            f"--out {run.args.out}: holds a run of other settings, which this one would replace: "
-            "choose another"
-        )
-    return Path(run.args.resume), read_checkpoint(run.args.resume, RUN_FIELDS)
-
-
-def load_state(run: Run, state: dict[str, Any]) -> None:
-    """Put a checkpoint's fields into the run. Any exception means that they do not fit."""
-    if state["step"] not in range(run.total + 1):
-        raise ValueError(f"step {state['step']} of {run.total}")
-    dnl.load_strict(run.net, state["model"], "model")
-    if run.ema is not None:
-        dnl.load_strict(run.ema, state["ema"], "ema")
-    optimizer = run.optimizer.state_dict() | {"state": state["optimizer"]["state"]}
-    run.optimizer.load_state_dict(optimizer)
-    run.scaler.load_state_dict(state["scaler"])
-    run.step, run.history = state["step"], state["history"]
-    if run.rank == 0:
-        run.sums += state["sums"].to(run.device)

@@ -8,7 +8,6 @@ import argparse
 import io
 import multiprocessing
 import os
-import resource
 import secrets
 import shutil
 import signal
@@ -101,12 +100,37 @@ def regular_file(path: Path | str) -> Path:
 
 def open_lock(path: Path) -> TextIO:
     """A file to lock. A pipe of that name does not block, and a link is not followed."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW
+    flags = os.O_RDWR | os.O_CREAT
+    for name in ("O_NONBLOCK", "O_NOFOLLOW"):  # not on Windows
+        flags |= getattr(os, name, 0)
     return os.fdopen(os.open(path, flags), "w")
+
+
+def lock_file(file: TextIO, wait: bool = False) -> bool:
+    """Lock a file until it is closed. False if another process has it, unless it is waited for.
+
+    Without fcntl (Windows), or on a file system without locks, nothing is locked.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        # Children do not inherit this kind of lock; loader processes can outlive a killed training.
+        fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def check_open_files(needed: int) -> None:
     """InputError if the system allows this process fewer open files."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
     allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if 0 <= allowed < needed:
         raise InputError(
@@ -278,7 +302,8 @@ def run_script(main: Callable[[], int | None], needs_output: bool = True) -> Non
 
 def kill_children() -> None:
     """Kill processes that are left, such as stopped ones that read images: the exit would wait."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for each
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for each
     for process in multiprocessing.active_children():
         process.kill()
 
@@ -413,6 +438,10 @@ def peak_memory(device: torch.device) -> float:
     """The most memory so far, GiB: of tensors on a GPU, of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
@@ -432,7 +461,7 @@ def time_limit(seconds: int, message: str) -> Iterator[None]:
     def stop(number: int, frame: object) -> None:
         raise TimeoutError(message)
 
-    if not seconds:
+    if not seconds or not hasattr(signal, "SIGALRM"):
         yield
         return
     old = signal.signal(signal.SIGALRM, stop)

@@ -547,7 +547,7 @@ def test_an_imagenet_file_loads_but_for_fc(tmp_path):
 
 @pytest.mark.parametrize("wrap", ["", "module.", "backbone.", "module.backbone."])
 def test_weights_of_other_tools_load(tmp_path, wrap):
-    """mmsegmentation and Lightning wrap them as state_dict, DDP adds module., a head is left out."""
+    """mmsegmentation and Lightning wrap them as state_dict, DDP adds module.; a head is left."""
     state, net = imagenet_like("resnet18"), ResNet("resnet18")
     wrapped = {wrap + k: v for k, v in state.items()}
     if "backbone" in wrap:

@@ -24,13 +24,13 @@ from torch import Tensor, nn
 import recipe
 from data import IGNORE, RELATIVE, color_jitter, normalize, train_batches
 from evaluate import evaluate, iou_table, scores
+from resume import restore
 from run import (
     Run,
     check_finite,
     check_ranks_agree,
     connect,
     locked_folder,
-    restore,
     save,
     start_run,
 )
@@ -43,12 +43,13 @@ from runtime import (
     fail_on_all_ranks,
     print_line,
     print_progress,
+    quote,
     run_script,
     stop_signals,
     sum_over_ranks,
     write,
 )
-from watch import Board, epoch_line, epoch_values, step_line, val_sheet
+from watch import Board, epoch_line, epoch_values, start_line, step_line, val_sheet
 
 Batch = tuple[Tensor, Tensor, Tensor]  # images, labels, colour factors
 
@@ -77,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{args.out}: the ranks found different checkpoints: name an --out that all nodes "
                 "see"
             )
+        if rank == 0:
+            print_line(start_line(run))
         try:
             train(run)
         except Stopped as e:
@@ -331,8 +334,9 @@ def finish(run: Run) -> int:
     except OSError as e:
         print_line(f"warning: val.png not written ({e})", error=True)
         return 1
-    best = f"best.pt (mIoU {100 * run.best:.2f} %), " if run.best is not None else ""
-    print_line(f"in {out}: last.pt, {best}log.jsonl, val.png")
+    there = [name for name in ("last.pt", "best.pt", "log.jsonl") if (out / name).exists()]
+    best = f"; best mIoU {100 * run.best:.2f} %" if run.best is not None else ""
+    print_line(f"in {quote(out)}: {', '.join([*there, 'val.png'])}{best}")
     return int(run.unsaved)
 
 

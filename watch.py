@@ -2,6 +2,7 @@
 images.
 """
 
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from evaluate import predict, top_class
 from pictures import colorize, sheet
 from recipe import set_mode
 from run import Run
-from runtime import AMP, peak_memory, print_line
+from runtime import AMP, counted, peak_memory, print_line, quote
 
 
 class Board:
@@ -62,14 +63,34 @@ class Board:
         self.writer = None
 
 
+def start_line(run: Run) -> str:
+    """Where and on what the run trains, told when it starts."""
+    args, n = run.args, len(run.data)
+    left_out = n - run.per_epoch * args.batch
+    weights = f"weights {args.weights}"
+    if args.init is not None:
+        weights = f"network of {quote(args.init)}"
+    if run.step:
+        weights = f"going on at step {run.step}"
+    line = (
+        f"{run.device}, amp {args.amp}; train {counted(n, 'image')}, "
+        f"{counted(run.per_epoch, 'step')} an epoch ({left_out} left out of each); "
+        f"val {counted(len(run.val), 'image')}; {weights}; in {quote(args.out)}"
+    )
+    if args.split == "trainval":
+        line += "; the validation images are trained on: their mIoU is no test"
+    return line
+
+
 def step_line(run: Run, loss: float, speed: float) -> str:
     """The line of a step. speed: images/s over all ranks."""
     left = int((run.total - run.step) * run.args.batch / speed)
+    end = datetime.now() + timedelta(seconds=left)
     return (
         f"epoch {(run.step - 1) // run.per_epoch + 1}/{run.args.epochs}  "
         f"step {run.step}/{run.total}  loss {loss:.4f}  lr {run.lr:.6f}  "
         f"{speed:.1f} images/s  {peak_memory(run.device):.1f} GiB  "
-        f"left {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+        f"left {left // 3600}:{left // 60 % 60:02}:{left % 60:02}, until {end:%H:%M}"
     )
 
 

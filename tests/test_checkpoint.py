@@ -36,7 +36,8 @@ import recipe
 import train
 from data import IGNORE
 from dnl import PAPER, RELEASED, build
-from run import fill_backbone, restore, start_run
+from resume import restore
+from run import fill_backbone, start_run
 from runtime import InputError
 
 SMALL = {"backbone": "resnet18", "channels": 16, "num_classes": 5}

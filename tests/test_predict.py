@@ -417,11 +417,11 @@ def test_ade20k_is_predicted_at_the_crop_of_its_training(tmp_path, monkeypatch, 
         name = f"ADE_val_{number:>08}"
         save(tmp_path / "validation" / f"{name}.jpg", blocks(*size))
     images = tmp_path / "validation"
-    for flags in (["--attention", "30,20", "--confidence"], ["--format", "ade20k"]):
+    for flags in (["--attention", "30,20", "--page"], ["--format", "ade20k"]):
         fed.clear()
         out = tmp_path / flags[-1]
         assert predicted(path, images, "--out", out, *flags) == 0
-        repeats = 2 if "--attention" in flags else 1  # the maps are of what is fed
+        repeats = 3 if "--attention" in flags else 1  # the maps are of what is fed
         assert fed == [*[(64, 85)] * 3 * repeats, *[(11, 256)] * repeats]
         for number, (h, w) in sizes.items():
             with Image.open(out / f"ADE_val_{number:>08}.png") as mask:
