@@ -150,7 +150,7 @@ def _numbers(colors: list[Color | None], ignored: Color | None) -> dict[Color, i
 
 def _parse_class(line: str, place: str) -> tuple[str, Color | None]:
     """Name and colour of `name R G B`, or name and None of `name`. place: for errors."""
-    expected = "expected `name R G B`, three numbers after spaces, or `name`"
+    expected = "expected `name R G B`, such as `road 128 64 128`, or `name`"
     if line == "__ignore__":
         raise InputError(
             f"{place}: got labelme's __ignore__, which is 255 in labels and no class: remove the "

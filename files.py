@@ -130,7 +130,10 @@ def _alone(
 def _mismatch(images: list[str], labels: list[str], others: list[str], ending: str) -> str:
     """Why no label has the name of an image, and what to do. others: names beside the labels."""
     if not labels:
-        return f"no label; expected *{ending}, one for each image; found {list_names(others)}"
+        return (
+            f"no label; expected *{ending}, one for each image; found {list_names(others)}: make "
+            "PNGs from the annotation"
+        )
     of_image, of_label = _cores(images), _cores(labels)
     image, label = min(images), min(labels)
     shared = of_image.keys() & of_label.keys()
