@@ -39,9 +39,10 @@ from attention import (
 )
 from checkpoint import base_of, load_network
 from classes import ADE20K, CITYSCAPES
-from data import IMAGE_ENDINGS, base_factor, eval_items
+from data import base_factor, eval_items
 from decode import decode_image
 from evaluate import predict_ids, tile_side, tiles
+from files import IMAGE_ENDINGS, is_data, list_names
 from page import attention_html
 from pictures import colorize, overlay
 from runtime import (
@@ -74,8 +75,8 @@ Results = Iterator[tuple[str, Save]]  # ending of the file's name, its content
 def find_images(inputs: Sequence[str | Path], out: Path) -> tuple[Found, list[Path]]:
     """The images, and the other files of the given folders.
 
-    Folders are searched to the bottom, but not hidden ones, linked ones and `out`. InputError if
-    an input is missing or there is no image.
+    Folders are searched to the bottom, but not linked ones, `out` and what is no data (see
+    files.is_data). InputError if an input is missing or there is no image.
     """
 
     def unreadable(error: OSError) -> None:
@@ -91,9 +92,9 @@ def find_images(inputs: Sequence[str | Path], out: Path) -> tuple[Found, list[Pa
             found.append((given, given.stem))
             continue
         for here, folders, files in os.walk(given, onerror=unreadable):
-            folders[:] = sorted(f for f in folders if not f.startswith("."))
+            folders[:] = sorted(filter(is_data, folders))
             folders[:] = [f for f in folders if os.path.realpath(Path(here, f)) != top]
-            for file in sorted(f for f in files if not f.startswith(".")):
+            for file in sorted(filter(is_data, files)):
                 path = Path(here, file)
                 if file.lower().endswith(IMAGE_ENDINGS):
                     name = path.relative_to(given).with_suffix("")
@@ -156,12 +157,6 @@ def check_server(out: Path, names: Sequence[str]) -> None:
     if len(present) != 1525:
         line = f"{counted(len(present), 'file')}; the server expects the 1525 of the test split"
         print_line(line, error=True)
-
-
-def list_names(names: Sequence[Path | str]) -> str:
-    """The first 20 names, for a message."""
-    text = ", ".join(map(quote, names[:20]))
-    return f"{text} and {len(names) - 20} more" if len(names) > 20 else text
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from checkpoint import (
     write_checkpoint,
     write_last,
 )
-from data import DataSet, open_dataset, step_items
+from data import DataSet, open_dataset, require_classes, step_items
 from recipe import check_network, configuration, rate, read_class_weights, settings_of
 from runtime import (
     Caught,
@@ -103,6 +103,7 @@ def start_run(args: argparse.Namespace, rank: int, world: int, device: torch.dev
     data = open_dataset(args.data, args.root, args.split, args.cache)
     val = open_dataset(args.data, args.root, "val", args.cache)
     step_items(0, seed=args.seed, n=len(data), batch=args.batch)  # raises if there is no step
+    require_classes(data)
     args.amp = choose_amp(args.amp, device)
     net = make_network(args, len(data.classes), rank, world, device)
     weights = [1.0, args.aux_weight, args.aux_weight]  # head, res2, res3

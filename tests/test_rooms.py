@@ -16,8 +16,9 @@ ROOMS = {  # each file: what it may import of the project; CONTRIBUTING.md tells
     "classes": "runtime synthetic",
     "decode": "classes runtime",
     "cache": "runtime",
-    "data": "cache classes decode runtime synthetic",
-    "check": "classes data decode runtime",
+    "files": "runtime",
+    "data": "cache classes decode files runtime synthetic",
+    "check": "classes data decode files runtime",
     "checkpoint": "classes data dnl runtime",
     "recipe": "data dnl runtime",
     "attention": "classes data dnl pictures runtime",
@@ -26,7 +27,7 @@ ROOMS = {  # each file: what it may import of the project; CONTRIBUTING.md tells
     "run": "checkpoint data dnl recipe runtime",
     "watch": "data evaluate pictures recipe run runtime",
     "train": "checkpoint data dnl evaluate recipe run runtime watch",
-    "predict": "attention checkpoint classes data decode dnl evaluate page pictures runtime",
+    "predict": "attention checkpoint classes data decode dnl evaluate files page pictures runtime",
     "hubconf": "checkpoint dnl",
 }
 COMMANDS = {"train", "predict", "check"}  # paper/ may name their paths, and imports none of them
