@@ -18,17 +18,10 @@ import torch
 from torch import Tensor, nn
 
 import dnl
-from data import IGNORE, NAMES, RELATIVE, DataSet, open_dataset
-from runtime import (
-    AMP,
-    InputError,
-    import_factory,
-    print_line,
-    quote,
-    regular_file,
-    to_device,
-    write,
-)
+from classes import IGNORE
+from data import NAMES, RELATIVE, DataSet, open_dataset
+from ranks import to_device
+from runtime import AMP, InputError, import_factory, print_line, quote, regular_file, write
 
 VERSION = 1
 FIELDS = {  # what every script reads, beside the version

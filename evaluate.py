@@ -23,17 +23,15 @@ from torch import Tensor, nn
 
 import dnl
 from checkpoint import base_of, load_network, open_like
-from data import IGNORE, DataSet, base_factor, eval_images, normalize, resize_smooth, scaled
+from classes import IGNORE
+from data import DataSet, base_factor, eval_images, normalize, resize_smooth, scaled
+from ranks import autocast, choose_amp, distributed, fail_on_all_ranks
 from runtime import (
     AMP,
     FLAGS,
     InputError,
     Parser,
-    autocast,
-    choose_amp,
     counted,
-    distributed,
-    fail_on_all_ranks,
     parse_flags,
     print_progress,
     quote,

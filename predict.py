@@ -45,20 +45,18 @@ from evaluate import predict_ids, tile_side, tiles
 from files import IMAGE_ENDINGS, is_data, list_names
 from page import attention_html
 from pictures import colorize, overlay
+from ranks import choose_amp, distributed, sum_over_ranks
 from runtime import (
     AMP,
     InputError,
     Parser,
-    choose_amp,
     counted,
-    distributed,
     failure_line,
     parse_flags,
     print_line,
     print_progress,
     quote,
     run_script,
-    sum_over_ranks,
     write_result,
 )
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 import dnl
-from data import IGNORE, DataSet
+from classes import IGNORE
+from data import DataSet
 from runtime import AMP, InputError, Parser, import_factory, quote, regular_file
 
 # ---- settings

@@ -16,28 +16,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import dnl
-from checkpoint import (
-    VERSION,
-    base_of,
-    finish_save,
-    weight_names,
-    write_checkpoint,
-    write_last,
-)
+from checkpoint import VERSION, base_of, finish_save, weight_names, write_checkpoint, write_last
 from data import DataSet, open_dataset, require_classes, step_items
+from ranks import choose_amp, fail_on_all_ranks, sum_over_ranks, to_device
 from recipe import check_network, configuration, rate, read_class_weights, settings_of
 from runtime import (
     Caught,
     InputError,
-    choose_amp,
-    fail_on_all_ranks,
     import_factory,
     lock_file,
     open_lock,
     print_line,
     quote,
-    sum_over_ranks,
-    to_device,
     write,
 )
 

@@ -22,33 +22,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import recipe
-from data import IGNORE, RELATIVE, color_jitter, normalize, train_batches
+from classes import IGNORE
+from data import RELATIVE, color_jitter, normalize, train_batches
 from evaluate import evaluate, iou_table, scores
-from resume import restore
-from run import (
-    Run,
-    check_finite,
-    check_ranks_agree,
-    locked_folder,
-    save,
-    start_run,
-    wrap_network,
-)
-from runtime import (
-    AMP,
-    InputError,
-    Interrupted,
+from ranks import (
     autocast,
     choose_kernels,
     distributed,
     fail_on_all_ranks,
+    read_ranks,
+    sum_over_ranks,
+)
+from resume import restore
+from run import Run, check_finite, check_ranks_agree, locked_folder, save, start_run, wrap_network
+from runtime import (
+    AMP,
+    InputError,
+    Interrupted,
     print_line,
     print_progress,
     quote,
-    read_ranks,
     run_script,
     stop_signals,
-    sum_over_ranks,
     write,
 )
 from watch import Board, Clock, epoch_line, epoch_values, start_line, step_line, val_sheet

@@ -17,8 +17,9 @@ from torch import Tensor
 from data import base_factor, read
 from evaluate import predict, top_class
 from pictures import colorize, sheet
+from ranks import peak_memory
 from run import Run
-from runtime import AMP, counted, peak_memory, print_line, quote
+from runtime import AMP, counted, print_line, quote
 
 
 class Board:

@@ -43,8 +43,9 @@ import dnl
 from paper.bench_loader import loader
 from paper.measure import SOURCE, in_turn, machine, markdown, peak_memory
 from paper.peers import attention
+from ranks import choose_amp, find_device
 from recipe import losses
-from runtime import AMP, InputError, Parser, add_flags, choose_amp, find_device, run_script
+from runtime import AMP, InputError, Parser, add_flags, run_script
 
 SIZE = (48, 48)  # N = 2304: the paper's 768 x 768 at stride 16
 LARGE = ((64, 128), (128, 256))  # N = 8192; N = 32768: an image of 2048 x 4096

@@ -29,16 +29,8 @@ from decode import decode_image
 from evaluate import predict_ids
 from paper.curves import curves
 from pictures import GAP, colorize, sheet
-from runtime import (
-    AMP,
-    InputError,
-    Parser,
-    add_flags,
-    choose_amp,
-    find_device,
-    run_script,
-    write_result,
-)
+from ranks import choose_amp, find_device
+from runtime import AMP, InputError, Parser, add_flags, run_script, write_result
 
 Pixel = tuple[int, int]  # (x, y)
 Box = tuple[int, int, int]  # (left, top, side)

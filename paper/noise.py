@@ -30,7 +30,8 @@ from attention import attention_inputs, require_attention
 from checkpoint import base_of, load_network, open_like
 from classes import IGNORE
 from data import DataSet, base_factor, eval_images
-from runtime import InputError, Parser, find_device, parse_flags, print_progress, run_script
+from ranks import find_device
+from runtime import InputError, Parser, parse_flags, print_progress, run_script
 
 MAPS = ("A", "A'", "A''")
 NOISES = ("inter", "intra")

@@ -35,11 +35,11 @@ import recipe
 from data import open_dataset
 from paper.complexity import complexity, complexity_table
 from paper.measure import markdown
+from ranks import find_device
 from runtime import (
     InputError,
     Parser,
     add_flags,
-    find_device,
     open_lock,
     print_line,
     print_progress,

@@ -18,6 +18,7 @@ from helpers import ROOT, TINY, forked, free_port, ranks, run_python, script, st
 
 import runtime
 import train
+from ranks import distributed, find_device
 from run import locked_folder
 from runtime import InputError
 
@@ -52,7 +53,7 @@ def test_an_environment_that_is_not_torchruns(monkeypatch, environment, words):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match=words), runtime.distributed():
+    with pytest.raises(InputError, match=words), distributed():
         pass
 
 
@@ -198,15 +199,15 @@ def test_a_device_that_is_not_there_is_a_line(asked, words):
     if torch.accelerator.is_available():
         pytest.skip("there is an accelerator")
     with pytest.raises(InputError, match=f"--device {asked}: {words}"):
-        runtime.find_device(asked)
-    assert runtime.find_device("auto") == runtime.find_device("cpu") == torch.device("cpu")
+        find_device(asked)
+    assert find_device("auto") == find_device("cpu") == torch.device("cpu")
 
 
 def test_a_rank_gives_up_one_that_hangs(tmp_path):
     """Within the timeout, here 2 s in place of 10 minutes; torchrun then ends the others."""
 
     def main(argv):
-        with runtime.distributed(timeout=timedelta(seconds=2)) as (rank, _, _):
+        with distributed(timeout=timedelta(seconds=2)) as (rank, _, _):
             time.sleep(20 * rank)
             torch.distributed.all_reduce(torch.ones(1))
 

@@ -25,9 +25,9 @@ import data
 import dnl
 import evaluate
 import recipe
-import runtime
 import train
 from data import IGNORE
+from ranks import sum_over_ranks
 from run import Run, start_run, wrap_network
 from runtime import InputError
 
@@ -144,12 +144,12 @@ def gradients(rank, world, port, dtype, accumulate, out):
     labels[0], labels[1, 5:], labels[3, :, 3:] = 255, 255, 255
     own = slice(rank * 4 // world, (rank + 1) * 4 // world)
     batch = [images[own], labels[own], torch.tensor([[1.1, 0.9, 1.2, 0.02]]).repeat(4, 1)[own]]
-    labelled = runtime.sum_over_ranks([train.count_labelled(run, batch[1])])[0]
+    labelled = sum_over_ranks([train.count_labelled(run, batch[1])])[0]
     share = train.train_step(run, batch, labelled)
     if rank == 0:
         torch.save([kept, share], out)
     if world > 1:
-        time.sleep(0.1)  # as in runtime.distributed
+        time.sleep(0.1)  # as in distributed
         torch.distributed.destroy_process_group()
 
 
