@@ -203,8 +203,8 @@ def load_network(
     """The network of a checkpoint, filled, in eval mode and channels_last on the device; and the
     checkpoint.
 
-    device: as --device. context: MODULE:FACTORY again, if the checkpoint was trained with one. A file alone cannot make
-    us import something.
+    device: as --device. context: MODULE:FACTORY again, if the checkpoint was trained with one. A
+    file alone cannot make us import something.
     """
     checkpoint = read_checkpoint(path)
     config, model = dnl.Config(**checkpoint["config"]), checkpoint["model"]

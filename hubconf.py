@@ -17,8 +17,7 @@ def network(
 ) -> dnl.Network:
     """A whole network, in training mode: `dnl.Network` says what goes in and comes out.
     preset: paper or released. backbone: resnet18, resnet34, resnet50, resnet101. weights, of the
-    backbone: none (random), imagenet (torchvision's, downloaded), a file. channels: of F. ValueError
-    for others."""
+    backbone: none (random), imagenet (downloaded), a file. channels: of F. ValueError if wrong."""
     if preset not in dnl.PRESETS:
         raise ValueError(f"preset {preset!r}: expected paper or released")
     config = _replace(dnl.PRESETS[preset], num_classes=num_classes, backbone=backbone)
