@@ -60,8 +60,8 @@ OPERATIONAL = (
 )
 POSITIVE = "crop batch accumulate epochs channels log_every eval_every"
 NOT_NEGATIVE = (
-    "lr weight_decay power momentum aux_weight coarse_weight seed clip warmup backbone_lr workers "
-    "save_every"
+    "lr weight_decay power momentum aux_weight coarse_weight seed clip warmup backbone_lr "
+    "workers save_every"
 )
 MOST = {"crop": 8192, "channels": 8192, "seed": 2**63 - 1}  # 10**9 for the others
 
@@ -69,8 +69,8 @@ MOST = {"crop": 8192, "channels": 8192, "seed": 2**63 - 1}  # 10**9 for the othe
 def training_parser() -> Parser:
     """The flags of train.py."""
     p = Parser(
-        description="Train Denoised Non-Local. Defaults are in brackets. Flags marked * default to "
-        "the settings for --data: the paper's for cityscapes and ade20k."
+        description="Train Denoised Non-Local. Defaults are in brackets. Flags marked * default "
+        "to the settings for --data: the paper's for cityscapes and ade20k."
     )
     p.add_argument("--data", choices=list(SETTINGS), default="synthetic", help="(%(default)s)")
     p.add_argument("--root", help="folder of the data set")
@@ -88,8 +88,8 @@ def training_parser() -> Parser:
     optimisation_flags(p)
     extra_flags(p)
     g = p.add_argument_group("machine")
-    g.add_argument("--workers", type=int, default=2, help="reading processes a rank (%(default)s)")
-    g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps (%(default)s)")
+    g.add_argument("--workers", type=int, default=2, help="readers of a rank (%(default)s)")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda[:N], mps (%(default)s)")
     g.add_argument("--compile", action="store_true", help="torch.compile the network")
     g.add_argument(
         "--recompute", action="store_true", help="compute activations twice: less memory, slower"
@@ -99,7 +99,7 @@ def training_parser() -> Parser:
     g.add_argument(
         "--eval-every", type=int, default=1, metavar="EPOCHS", help="validate (%(default)s)"
     )
-    g.add_argument("--save-every", type=int, default=0, metavar="STEPS", help="also between epochs")
+    g.add_argument("--save-every", type=int, default=0, metavar="STEPS", help="between epochs")
     return p
 
 
@@ -109,7 +109,7 @@ def network_flags(p: Parser) -> None:
     g.add_argument("--preset", choices=list(dnl.PRESETS), default="paper", help="(%(default)s)")
     g.add_argument("--backbone", choices=list(dnl.LAYOUTS), help="*")
     g.add_argument("--channels", type=int, help="* of F")
-    g.add_argument("--context", default="dnl", help="dnl, nl, none, MODULE:FACTORY (%(default)s)")
+    g.add_argument("--context", default="dnl", help="dnl, nl, none, MODULE:NAME (%(default)s)")
     g.add_argument("--no-gr", action="store_true", help="without Global Rectifying")
     g.add_argument("--no-lr", action="store_true", help="without Local Retention")
     g.add_argument(
@@ -128,12 +128,12 @@ def optimisation_flags(p: Parser) -> None:
     g.add_argument("--epochs", type=int, help="*")
     g.add_argument("--lr", type=float, help="*")
     g.add_argument("--weight-decay", type=float, help="*")
-    g.add_argument("--scale", type=float, nargs=2, metavar=("MIN", "MAX"), help="* random scale")
+    g.add_argument("--scale", type=float, nargs=2, metavar=("MIN", "MAX"), help="* its range")
     g.add_argument("--accumulate", type=int, default=1, help="parts of a batch (%(default)s)")
-    g.add_argument("--power", type=float, default=0.9, help="of the poly schedule (%(default)s)")
+    g.add_argument("--power", type=float, default=0.9, help="of the schedule (%(default)s)")
     g.add_argument("--momentum", type=float, default=0.9, help="(%(default)s)")
     g.add_argument(
-        "--aux-weight", type=float, default=1.0, help="lambda_1 = lambda_2 of eq. 5 (%(default)s)"
+        "--aux-weight", type=float, default=1.0, help="lambda_1, lambda_2 of eq. 5 (%(default)s)"
     )
     g.add_argument(
         "--coarse-weight",
@@ -142,7 +142,7 @@ def optimisation_flags(p: Parser) -> None:
         help="of a loss on P, not in eq. 5 (%(default)s)",
     )
     g.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    g.add_argument("--amp", choices=["auto", *AMP], default="auto", help="precision (%(default)s)")
+    g.add_argument("--amp", choices=["auto", *AMP], default="auto", help="(%(default)s)")
     g.add_argument("--deterministic", action="store_true", help="the same bits twice; slower")
 
 
@@ -155,8 +155,8 @@ def extra_flags(p: Parser) -> None:
         "--ema", type=float, default=0.0, metavar="DECAY", help="averaged weights, ema.pt"
     )
     g.add_argument("--clip", type=float, default=0.0, metavar="NORM", help="of the gradient")
-    g.add_argument("--warmup", type=int, default=0, metavar="STEPS", help="the rate rises linearly")
-    g.add_argument("--backbone-lr", type=float, default=1.0, metavar="FACTOR", help="(%(default)s)")
+    g.add_argument("--warmup", type=int, default=0, metavar="STEPS", help="of the rate")
+    g.add_argument("--backbone-lr", type=float, default=1.0, metavar="FACTOR", help="(1.0)")
     g.add_argument("--freeze-bn", action="store_true", help="keep the backbone's statistics")
 
 

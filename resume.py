@@ -42,19 +42,24 @@ def restore(run: Run) -> None:
         raise InputError(f"{quote(path)}: cannot go on from it ({what}): train again") from None
     if changed:
         run.settings_log.append({"settings": run.settings, "step": run.step})
-        text += f": the schedule from step {run.step} on is that of {run.args.epochs} epochs"
     if run.rank == 0:
         print_line(f"resumed {quote(path)} at step {run.step} of {run.total}")
         if changed:
-            print_line(text)
-        best = read_if_readable(run.args.out / "best.pt")  # it may be of another run
-        same = changed_settings(best.get("settings", {}), run.settings).keys() <= SCHEDULE
-        if same and isinstance(best.get("best"), float):
-            run.best = best["best"]
-        try:
-            write_log(run)
-        except OSError as e:
-            print_line(f"warning: log.jsonl not written ({e})", error=True)
+            schedule = f"the schedule from step {run.step} on is that of {run.args.epochs} epochs"
+            print_line(f"{text}: {schedule}")
+        tidy_folder(run)
+
+
+def tidy_folder(run: Run) -> None:
+    """Find the best mIoU so far in best.pt, and write log.jsonl as the checkpoint has it."""
+    best = read_if_readable(run.args.out / "best.pt")  # it may be of another run
+    same = changed_settings(best.get("settings", {}), run.settings).keys() <= SCHEDULE
+    if same and isinstance(best.get("best"), float):
+        run.best = best["best"]
+    try:
+        write_log(run)
+    except OSError as e:
+        print_line(f"warning: log.jsonl not written ({e})", error=True)
 
 
 def find_checkpoint(run: Run) -> tuple[Path, dict[str, Any]] | None:
