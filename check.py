@@ -43,17 +43,17 @@ def check(
             splits.remove("test")
     opened = [open_split(name, root, s) for s in splits]  # before the long part
     problems = []
-    for _, lines in opened:
-        problems += lines
     report: dict[str, Any] = {"data": name, "classes": list(opened[0][0].classes), "splits": {}}
-    for dataset, _ in opened:
-        report["splits"][dataset.split] = _check_split(dataset, workers, progress, problems)
+    for dataset, wrong in opened:
+        report["splits"][dataset.split] = _check_split(dataset, workers, progress, wrong)
+        problems += wrong
     return report | {"problems": problems, "warnings": _warnings(report)}
 
 
 def _check_split(
     dataset: DataSet, workers: int, progress: bool, problems: list[str]
 ) -> dict[str, Any]:
+    """The report of one split. Adds its wrong files to the problems, which hold its lone ones."""
     parts = [replace(dataset, items=dataset.items[i : i + 16]) for i in range(0, len(dataset), 16)]
     pixels = np.zeros(256, np.int64)
     sizes: Counter[str] = Counter()

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 import recipe
 from data import IGNORE, RELATIVE, color_jitter, normalize, train_batches
-from evaluate import evaluate, iou_table, scores
+from evaluate import evaluate
+from metrics import iou_table, scores
 from resume import restore
 from run import (
     Run,
@@ -299,7 +300,7 @@ def validate(run: Run, net: nn.Module) -> dict[str, Any]:
         for b in net.buffers():
             dist.broadcast(b, 0)
 
-    def stop_at_signal(done: int, n: int) -> None:
+    def stop_at_signal(index: int, matrix: Tensor) -> None:
         if run.caught:
             raise InputError("stopped by a signal")
 
@@ -313,7 +314,7 @@ def validate(run: Run, net: nn.Module) -> dict[str, Any]:
             workers=run.args.workers,
             base=run.base,
             amp=AMP[run.args.amp],
-            progress=stop_at_signal,
+            each=stop_at_signal,
         )
     except InputError:  # on all ranks, or none
         stop_if(run, sum_over_ranks([len(run.caught)])[0])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data import base_factor, read
 from evaluate import predict, top_class
-from pictures import colorize, sheet
+from pictures import colorize, sheet, with_ignored
 from recipe import set_mode
 from run import Run
 from runtime import AMP, counted, peak_memory, print_line, quote
@@ -119,7 +119,7 @@ def epoch_values(run: Run, line: dict[str, Any]) -> dict[str, Any]:
 def val_sheet(run: Run) -> Image.Image:
     """Image, truth and prediction of up to four validation images, with a legend."""
     run.net.eval()
-    rows = []
+    rows, truths = [], []
     for i in np.linspace(0, len(run.val) - 1, min(4, len(run.val))).round().astype(int):
         image, label = read(run.val, int(i))
         x = torch.from_numpy(image.transpose(2, 0, 1).copy()).to(run.device)
@@ -127,7 +127,9 @@ def val_sheet(run: Run) -> Image.Image:
         p = predict(run.net, x, factor=factor, amp=AMP[run.args.amp])
         guess = top_class(p, x.shape[1:])[0].cpu().numpy()
         truth = cast(np.ndarray, label)  # this split is validated on, so it has labels
+        truths.append(truth)
         masks = [colorize(ids, run.val.colors) for ids in (truth, guess)]
         rows.append([Image.fromarray(image), *masks])
     set_mode(run.net, run.args.freeze_bn)
-    return sheet(rows, ("image", "truth", "prediction"), run.val.classes, run.val.colors)
+    legend = with_ignored(run.val.classes, run.val.colors, truths)
+    return sheet(rows, ("image", "truth", "prediction"), *legend)
