@@ -225,24 +225,38 @@ def confusion_picture(matrix: np.ndarray, classes: Sequence[str]) -> Picture:
     font = load_font(min(14, side - 2))
     longest = math.ceil(max(map(font.getlength, classes)))
     margin = min(longest, 240) + 2 * GAP
-    names = Image.new("RGB", (margin, n * side), "white")
-    draw = ImageDraw.Draw(names)
-    y = side / 2
-    for name in classes:
-        name = shorten(name, font, margin - 2 * GAP)
-        draw.text((GAP, y), name, "black", font, "lm")
-        y += side
-    upright = names.rotate(90, expand=True)
-    whole = n * side + 2 * margin
+    left = draw_names(classes, side, font, margin, "rm")
+    right = draw_names(classes, side, font, margin, "lm")
+    top = right.rotate(90, expand=True)
+    bottom = left.rotate(90, expand=True)
+    far = margin + n * side
+    whole = far + margin
     width = max(whole, 600)  # room for the title
     out = Image.new("RGB", (width, whole), "white")
     cells = confusion_cells(matrix, side, font)
     out.paste(cells, (margin, margin))
-    for far in (0, whole - margin):
-        out.paste(names, (far, margin))
-        out.paste(upright, (margin, far))
+    out.paste(left, (0, margin))
+    out.paste(right, (far, margin))
+    out.paste(top, (margin, 0))
+    out.paste(bottom, (margin, far))
     title = "rows: true class; columns: predicted class; colour: share of the true class's pixels"
     return sheet([[out]], [title], SHARES, HEAT, width)
+
+
+def draw_names(classes: Sequence[str], side: int, font: Font, width: int, anchor: str) -> Picture:
+    """Names below each other, every `side` pixels, in a picture `width` wide.
+
+    anchor: "lm" at its left, "rm" at its right.
+    """
+    out = Image.new("RGB", (width, len(classes) * side), "white")
+    draw = ImageDraw.Draw(out)
+    x = GAP if anchor == "lm" else width - GAP
+    y = side / 2
+    for name in classes:
+        name = shorten(name, font, width - 2 * GAP)
+        draw.text((x, y), name, "black", font, anchor)
+        y += side
+    return out
 
 
 def confusion_cells(matrix: np.ndarray, side: int, font: Font) -> Picture:

@@ -34,7 +34,7 @@ from runtime import AMP, InputError, Parser, add_flags, choose_amp, run_script, 
 Pixel = tuple[int, int]  # (x, y)
 Box = tuple[int, int, int]  # (left, top, side)
 DIFFERENT = "white boxes: where the predictions differ most"
-WRONG = "white boxes: where the prediction differs most from the ground truth"
+WRONG = "white boxes: where the prediction differs from the truth most"
 
 
 def load(
