@@ -18,17 +18,10 @@ import torch
 from torch import Tensor, nn
 
 import dnl
-from data import IGNORE, NAMES, RELATIVE, DataSet, open_dataset
-from runtime import (
-    AMP,
-    InputError,
-    import_factory,
-    print_line,
-    quote,
-    regular_file,
-    to_device,
-    write,
-)
+from classes import IGNORE
+from data import NAMES, RELATIVE, DataSet, open_dataset
+from ranks import to_device
+from runtime import AMP, InputError, import_factory, print_line, quote, regular_file, write
 
 VERSION = 1
 FIELDS = {  # what every script reads, beside the version
@@ -68,7 +61,7 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
 def write_last(out: Path, state: dict[str, Any]) -> None:
     """Write last.pt, keep the one before, and write averaged weights as ema.pt."""
     if state["ema"] is not None:
-        # No training can go on from averaged weights, so their settings differ from the run's.
+        # `restore` refuses these settings: no training can go on from averaged weights.
         settings = state["settings"] | {"averaged": True}
         write_checkpoint(out / "ema.pt", state | {"model": state["ema"], "settings": settings})
     write_checkpoint(out / "new.pt", state)
@@ -76,7 +69,7 @@ def write_last(out: Path, state: dict[str, Any]) -> None:
 
 
 def finish_save(out: Path) -> None:
-    """Rename new.pt to last.pt if it exists. Ends a save, and finishes one that was killed here."""
+    """Rename last.pt to last.prev.pt and new.pt to last.pt. Also completes a save killed here."""
     if (out / "new.pt").exists():
         if (out / "last.pt").exists():
             os.replace(out / "last.pt", out / "last.prev.pt")
@@ -153,7 +146,7 @@ def read_pickle(path: str | Path) -> Any:
 
 
 def check_globals(pickled: bytes) -> None:
-    """ValueError if a pickle names more than tensors need: torch allows codecs that take hours."""
+    """ValueError if a pickle names more than tensors need. torch allows codecs that take hours."""
     for opcode, argument, _ in pickletools.genops(pickled):
         if opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST") and argument not in GLOBALS:
             raise ValueError(f"the pickle names {argument}")

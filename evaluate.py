@@ -29,15 +29,13 @@ from checkpoint import base_of, load_network, open_like
 from data import DataSet, base_factor, eval_images, normalize, resize_smooth, scaled
 from metrics import TITLES, class_counts, class_scores, confusion, image_table, iou_table, scores
 from pictures import confusion_picture
+from ranks import autocast, choose_amp, distributed, fail_on_all_ranks
 from runtime import (
     AMP,
     FLAGS,
     InputError,
     Parser,
-    choose_amp,
     counted,
-    distributed,
-    fail_on_all_ranks,
     parse_flags,
     print_progress,
     quote,
@@ -69,7 +67,7 @@ def _views(net: nn.Module, x: Tensor, flip: bool, amp: torch.dtype | None) -> Te
         return (plain + mirrored.flip(3)) / 2
     if x.device.type == "cpu" and min(x.shape[2:]) < NARROW:
         amp = None  # oneDNN's bf16 convolutions read memory that nobody wrote
-    with torch.autocast(x.device.type, amp or torch.bfloat16, enabled=amp is not None):
+    with autocast(x.device, amp):
         logits = net(x)
     return logits.float().softmax(1)
 
@@ -298,7 +296,8 @@ def parse_scoring(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate; rank 0 prints the table and writes the files. Returns the exit status."""
     args = parse_scoring(argv)
-    with distributed(timedelta(days=1)) as (rank, world, device):  # for the slowest rank
+    day = timedelta(days=1)  # for the slowest rank
+    with distributed(args.device, day) as (rank, world, device):
         net, checkpoint = load_network(args.checkpoint, device, args.context)
         dataset = open_like(checkpoint, args.data, args.root, args.split, args.checkpoint)
         amp = choose_amp(args.amp or checkpoint["amp"], device)

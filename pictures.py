@@ -250,7 +250,9 @@ def draw_names(classes: Sequence[str], side: int, font: Font, width: int, anchor
     """
     out = Image.new("RGB", (width, len(classes) * side), "white")
     draw = ImageDraw.Draw(out)
-    x = GAP if anchor == "lm" else width - GAP
+    x = GAP
+    if anchor == "rm":
+        x = width - GAP
     y = side / 2
     for name in classes:
         name = shorten(name, font, width - 2 * GAP)
@@ -307,7 +309,8 @@ def mark_pixel(image: Picture, at: tuple[float, float], caption: str, letters: i
     font = load_font(letters)
     x, y = at
     width, height = image.size
-    size = (width, height + line_height(letters))
+    below = line_height(letters)
+    size = (width, height + below)
     out = Image.new("RGB", size, "white")
     out.paste(image)
     draw = ImageDraw.Draw(out)

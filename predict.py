@@ -41,25 +41,24 @@ from attention import (
 )
 from checkpoint import base_of, load_network
 from classes import ADE20K, CITYSCAPES
-from data import IMAGE_ENDINGS, base_factor, eval_items
+from data import base_factor, eval_items
 from decode import decode_image
 from evaluate import predict_ids, tile_side, tiles
+from files import IMAGE_ENDINGS, is_data, list_names
 from page import attention_html
 from pictures import colorize, overlay
+from ranks import choose_amp, distributed, sum_over_ranks
 from runtime import (
     AMP,
     InputError,
     Parser,
-    choose_amp,
     counted,
-    distributed,
     failure_line,
     parse_flags,
     print_line,
     print_progress,
     quote,
     run_script,
-    sum_over_ranks,
     write_result,
 )
 
@@ -76,8 +75,8 @@ Results = Iterator[tuple[str, Save]]  # ending of the file's name, its content
 def find_images(inputs: Sequence[str | Path], out: Path) -> tuple[Found, list[Path]]:
     """The images, and the other files of the given folders.
 
-    Folders are searched to the bottom, but not hidden ones, linked ones and `out`. InputError if
-    an input is missing or is `out`, or there is no image.
+    Folders are searched to the bottom, but not linked ones, `out` and what is no data (see
+    files.is_data). InputError if an input is missing or is `out`, or there is no image.
     """
 
     def unreadable(error: OSError) -> None:
@@ -98,9 +97,9 @@ def find_images(inputs: Sequence[str | Path], out: Path) -> tuple[Found, list[Pa
                 "results for images: name another folder"
             )
         for here, folders, files in os.walk(given, onerror=unreadable):
-            folders[:] = sorted(f for f in folders if not f.startswith("."))
+            folders[:] = sorted(filter(is_data, folders))
             folders[:] = [f for f in folders if os.path.realpath(Path(here, f)) != top]
-            for file in sorted(f for f in files if not f.startswith(".")):
+            for file in sorted(filter(is_data, files)):
                 path = Path(here, file)
                 if file.lower().endswith(IMAGE_ENDINGS):
                     name = path.relative_to(given).with_suffix("")
@@ -165,12 +164,6 @@ def check_server(out: Path, names: Sequence[str]) -> None:
         print_line(line, error=True)
 
 
-def list_names(names: Sequence[Path | str]) -> str:
-    """The first 20 names, for a message."""
-    text = ", ".join(map(quote, names[:20]))
-    return f"{text} and {len(names) - 20} more" if len(names) > 20 else text
-
-
 @dataclass(frozen=True)
 class _Images(Dataset):
     """index -> (index, image (H, W, 3) uint8, or the error that tells why there is none)."""
@@ -187,7 +180,7 @@ class _Images(Dataset):
 # ---- results
 
 
-def attention_page(
+def pixel_sheet(
     net: dnl.Network,
     image: Tensor,
     pixel: Pixel,
@@ -271,7 +264,7 @@ def results(
         column, row = args.attention
         require_pixel(args.attention, ids.shape[1], ids.shape[0], path)
         caption = f"{column},{row} {classes[ids[row, column]]}"
-        sheet = attention_page(net, x, args.attention, caption, **where)
+        sheet = pixel_sheet(net, x, args.attention, caption, **where)
         yield "_attention.png", png(sheet)
 
 
@@ -307,7 +300,8 @@ def parse_prediction(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--page", action="store_true", help=page)
     label = "with --page and one image: its label file, to measure the attention noise against"
     add("--label", type=Path, metavar="FILE", help=label)
-    args = parse_flags(parser, argv, "scales", "base", "flip", "crop", "amp", "context", "workers")
+    flags = ("scales", "base", "flip", "crop", "amp", "context", "workers", "device")
+    args = parse_flags(parser, argv, *flags)
     if args.format != "masks" and (args.confidence or args.attention or args.page):
         raise InputError(f"--format {args.format}: leave out --confidence, --attention and --page")
     one = len(args.images) == 1 and not Path(args.images[0]).is_dir()
@@ -364,7 +358,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.format == "cityscapes":
         found = server_names(found)
     check_targets(found, args.out, result_endings(args))
-    with distributed(timedelta(days=1)) as (rank, world, device):  # for the slowest rank
+    with distributed(args.device, timedelta(days=1)) as (
+        rank,
+        world,
+        device,
+    ):  # for the slowest rank
         net, checkpoint = load_network(args.checkpoint, device, args.context)
         classes = tuple(checkpoint["classes"])
         if classes != SERVER_CLASSES.get(args.format, classes):

@@ -15,7 +15,7 @@ SCHEDULE = {"epochs", "lr", "power"}  # a training can go on with others
 
 
 def restore(run: Run) -> None:
-    """Go on from the run's checkpoint; without one, start from --init if given."""
+    """Go on from the run's checkpoint; without one start from --init, if given. Or InputError."""
     found = find_checkpoint(run)
     if found is None:
         run.settings_log = [{"settings": run.settings, "step": 0}]
@@ -30,10 +30,10 @@ def restore(run: Run) -> None:
             f"{quote(path)}: its settings differ ({text}): give the flags of that run to go on, or "
             f"--init {quote(path)} and another --out to start from its network"
         )
-    if state["step"] > run.total:
+    if changed and state["step"] >= run.total:
         raise InputError(
-            f"{quote(path)}: is at step {state['step']}, past the {run.total} steps of --epochs "
-            f"{run.args.epochs}: give more epochs"
+            f"{quote(path)}: is at step {state['step']}, and --epochs {run.args.epochs} ends at "
+            f"step {run.total}: give more epochs"
         )
     try:
         load_state(run, state)
@@ -47,9 +47,10 @@ def restore(run: Run) -> None:
         print_line(f"resumed {quote(path)} at step {run.step} of {run.total}")
         if changed:
             print_line(text)
-        best = read_if_readable(run.args.out / "best.pt")
-        if best and changed_settings(best.get("settings", {}), run.settings).keys() <= SCHEDULE:
-            run.best = float(best["best"])
+        best = read_if_readable(run.args.out / "best.pt")  # it may be of another run
+        same = changed_settings(best.get("settings", {}), run.settings).keys() <= SCHEDULE
+        if same and isinstance(best.get("best"), float):
+            run.best = best["best"]
         try:
             write_log(run)
         except OSError as e:
@@ -84,7 +85,7 @@ def changed_settings(was: dict[str, Any], now: dict[str, Any]) -> dict[str, tupl
 
 def load_state(run: Run, state: dict[str, Any]) -> None:
     """Put a checkpoint's fields into the run. Any exception means that they do not fit."""
-    if state["step"] < 0:
+    if state["step"] not in range(run.total + 1):
         raise ValueError(f"step {state['step']}")
     dnl.load_strict(run.net, state["model"], "model")
     if run.ema is not None:

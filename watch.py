@@ -2,6 +2,9 @@
 images.
 """
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -14,9 +17,9 @@ from torch import Tensor
 from data import base_factor, read
 from evaluate import predict, top_class
 from pictures import colorize, sheet, with_ignored
-from recipe import set_mode
+from ranks import peak_memory
 from run import Run
-from runtime import AMP, counted, peak_memory, print_line, quote
+from runtime import AMP, counted, print_line, quote
 
 
 class Board:
@@ -82,10 +85,32 @@ def start_line(run: Run) -> str:
     return line
 
 
-def step_line(run: Run, loss: float, speed: float) -> str:
-    """The line of a step. speed: images/s over all ranks."""
-    left = int((run.total - run.step) * run.args.batch / speed)
-    end = datetime.now() + timedelta(seconds=left)
+class Clock:
+    """How fast the steps are, and when the last will be done."""
+
+    def __init__(self, step: int) -> None:
+        self.first, self.start, self.pause = step, time.monotonic(), 0.0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A block that is not part of the steps, such as a validation."""
+        began = time.monotonic()
+        yield
+        self.pause += time.monotonic() - began
+
+    def steps_per_second(self, step: int) -> float:
+        """Of the steps so far, without the pauses."""
+        return (step - self.first) / (time.monotonic() - self.start - self.pause)
+
+    def seconds_left(self, step: int, total: int) -> float:
+        """For the other steps, with pauses as so far."""
+        return (total - step) * (time.monotonic() - self.start) / (step - self.first)
+
+
+def step_line(run: Run, loss: float, speed: float, seconds: float) -> str:
+    """The line of a step. speed: images/s over all ranks. seconds: that are left."""
+    end = datetime.now() + timedelta(seconds=seconds)
+    left = int(seconds)
     return (
         f"epoch {(run.step - 1) // run.per_epoch + 1}/{run.args.epochs}  "
         f"step {run.step}/{run.total}  loss {loss:.4f}  lr {run.lr:.6f}  "
@@ -117,7 +142,10 @@ def epoch_values(run: Run, line: dict[str, Any]) -> dict[str, Any]:
 
 
 def val_sheet(run: Run) -> Image.Image:
-    """Image, truth and prediction of up to four validation images, with a legend."""
+    """Image, truth and prediction of up to four validation images, with a legend.
+
+    Leaves the network in eval mode.
+    """
     run.net.eval()
     rows, truths = [], []
     for i in np.linspace(0, len(run.val) - 1, min(4, len(run.val))).round().astype(int):
@@ -130,6 +158,5 @@ def val_sheet(run: Run) -> Image.Image:
         truths.append(truth)
         masks = [colorize(ids, run.val.colors) for ids in (truth, guess)]
         rows.append([Image.fromarray(image), *masks])
-    set_mode(run.net, run.args.freeze_bn)
     legend = with_ignored(run.val.classes, run.val.colors, truths)
     return sheet(rows, ("image", "truth", "prediction"), *legend)

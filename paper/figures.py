@@ -29,7 +29,8 @@ from decode import decode_image
 from evaluate import predict_ids
 from paper.curves import curves
 from pictures import GAP, colorize, sheet, with_ignored
-from runtime import AMP, InputError, Parser, add_flags, choose_amp, run_script, write_result
+from ranks import choose_amp, find_device
+from runtime import AMP, InputError, Parser, add_flags, run_script, write_result
 
 Pixel = tuple[int, int]  # (x, y)
 Box = tuple[int, int, int]  # (left, top, side)
@@ -208,8 +209,7 @@ def compare(args: argparse.Namespace, device: torch.device) -> Image.Image:
     if dataset.labelled:
         titles.append("ground truth")
     width = (args.width - GAP) // len(titles) - GAP
-    note = ""
-    rows, masks = [], []
+    rows, masks, note = [], [], ""
     for i, predicted in zip(chosen, zip(*guesses)):
         image, truth = read(dataset, i)
         shown = list(predicted)
@@ -282,6 +282,7 @@ def figures_parser() -> Parser:
         p.add_argument("--out", default=f"{name}.png", help=text)
         p.add_argument("--width", type=int, default=900, help="in pixels (default: 900)")
         if name != "curves":
+            add_flags(p, "device")
             p.add_argument(
                 "--context",
                 nargs="+",
@@ -313,14 +314,13 @@ def parse_figure(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw one figure."""
     args = parse_figure(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.figure == "curves":
         titles = titles_of(args.runs, args.names)
         picture = curves(args.runs, titles, args.width)
     elif args.figure == "attention":
-        picture = attention(args, device)
+        picture = attention(args, find_device(args.device))
     else:
-        picture = compare(args, device)
+        picture = compare(args, find_device(args.device))
     write_result(Path(args.out), lambda f: picture.save(f, "PNG"))
     print(f"wrote {args.out}, {picture.width}x{picture.height}")
     return 0

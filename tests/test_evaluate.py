@@ -21,6 +21,7 @@ import evaluate
 import runtime
 import train
 from dnl import PAPER, build
+from ranks import to_device
 
 
 @pytest.mark.parametrize(
@@ -387,7 +388,7 @@ def test_narrow_views_on_a_cpu_are_fp32():
     assert [dtype for *_, dtype in net.fed] == [torch.float32] * 3 + [torch.bfloat16] * 2
     net = build(replace(PAPER, num_classes=5, backbone="resnet18", channels=32)).eval()
     torch.nn.init.normal_(net.head[-1].weight, std=3.0)
-    runtime.to_device(net, CPU)
+    to_device(net, CPU)
     for side in range(1, 13):
         for size in ((40, side), (side, 40)):
             image = torch.from_numpy(noise(*size, side)).permute(2, 0, 1)

@@ -814,9 +814,7 @@ def test_a_run_trains_longer_by_the_schedule_of_the_new_command(
     lines = [*map(json.loads, (tmp_path / "longer" / "log.jsonl").read_text().splitlines())]
     settings = [(i, x["step"], x["settings"]["lr"]) for i, x in enumerate(lines) if "settings" in x]
     assert settings == [(0, 0, 0.01), (3, 6, 0.02)]
-    with pytest.raises(
-        InputError, match="is at step 12, past the 3 steps of --epochs 1: give more"
-    ):
+    with pytest.raises(InputError, match="is at step 12, and --epochs 1 ends at step 3: give more"):
         trained(tmp_path / "longer", street, "--epochs", 1)
     with pytest.raises(InputError, match=r"seed 0 -> 1.*--init .*last\.pt and another --out"):
         trained(tmp_path / "longer", street, "--seed", 1)
