@@ -36,6 +36,8 @@ def drawn(n=6, seed=0):
         guess = np.where(rng.random(size) < 0.5, label, rng.integers(0, 4, size))
         guesses.append(np.where(guess > 4, 4, guess))
         labels.append(label)
+    labels[2][:] = guesses[2][:] = 0
+    labels[2][0, :4] = 1, 2, 3, 5  # the highest accuracy but the lowest mIoU
     labels[3][:] = 255  # nothing to score
     labels[4][:] = guesses[4][:] = 2  # all correct
     return guesses, labels
