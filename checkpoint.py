@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import dnl
 from classes import IGNORE
 from data import NAMES, RELATIVE, DataSet, open_dataset
-from ranks import to_device
+from ranks import find_device, to_device
 from runtime import AMP, InputError, import_factory, print_line, quote, regular_file, write
 
 VERSION = 1
@@ -201,12 +201,12 @@ def is_color(c: list[int]) -> bool:
 
 
 def load_network(
-    path: str | Path, device: torch.device | str, context: str | None = None
+    path: str | Path, device: torch.device | str = "auto", context: str | None = None
 ) -> tuple[dnl.Network, dict[str, Any]]:
     """The network of a checkpoint, filled, in eval mode and channels_last on the device; and the
     checkpoint.
 
-    context: MODULE:FACTORY again, if the checkpoint was trained with one. A file alone cannot make
+    device: as --device. context: MODULE:FACTORY again, if the checkpoint was trained with one. A file alone cannot make
     us import something.
     """
     checkpoint = read_checkpoint(path)
@@ -225,6 +225,8 @@ def load_network(
         dnl.load_strict(net, model, "the model")
     except (TypeError, ValueError, RuntimeError) as e:
         raise InputError(f"{quote(path)}: {quote(str(e))}") from None
+    if isinstance(device, str):
+        device = find_device(device)
     to_device(net, device)
     return net.eval(), checkpoint
 
