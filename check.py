@@ -44,13 +44,12 @@ def check(
             splits.remove("test")
     opened = [open_split(name, root, s) for s in splits]  # before the long part
     problems = []
-    for _, lines in opened:
-        problems += lines
     report: dict[str, Any] = {"data": name, "classes": list(opened[0][0].classes), "splits": {}}
     warnings = []
-    for dataset, _ in opened:
-        part = _check_split(dataset, workers, progress, problems)
+    for dataset, wrong in opened:
+        part = _check_split(dataset, workers, progress, wrong)
         report["splits"][dataset.split] = part
+        problems += wrong
         warnings += [f"{dataset.split}: {text}" for text in _warnings(dataset, part)]
     return report | {"problems": problems, "warnings": warnings}
 
@@ -58,6 +57,7 @@ def check(
 def _check_split(
     dataset: DataSet, workers: int, progress: bool, problems: list[str]
 ) -> dict[str, Any]:
+    """The report of one split. Adds its wrong files to the problems, which hold its lone ones."""
     parts = [replace(dataset, items=dataset.items[i : i + 16]) for i in range(0, len(dataset), 16)]
     pixels = np.zeros(256, np.int64)
     sizes: Counter[str] = Counter()

@@ -118,6 +118,9 @@ def read_checkpoint(path: str | Path, fields: dict[str, Any] = FIELDS) -> dict[s
 
 def read_pickle(path: str | Path) -> Any:
     """What torch.save wrote. The zip's checksums are verified, which torch.load does not do."""
+    best = Path(path, "best.pt")
+    if best.is_file():
+        raise InputError(f"{quote(path)} is a folder: did you mean {quote(best)}?")
     try:
         regular_file(path)
         with zipfile.ZipFile(path) as z, warnings.catch_warnings():

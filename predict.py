@@ -7,7 +7,9 @@
 
 NAME is the image's name relative to the given folder. Masks have the size of the upright image
 (EXIF). A large image is computed tile by tile, so its probabilities need at most 1 GiB. Each image
-is computed alone, so a mask does not depend on the other files. A file that cannot be read is named
+is computed alone, so a mask does not depend on the other files. NAME_confidence.png holds the
+probability of the predicted class as grey, 0 to 255, and nothing else; with it the overlay shows
+the same above a scale. A file that cannot be read is named
 on standard error, the others are still computed, and the exit status is 1.
 """
 
@@ -74,7 +76,7 @@ def find_images(inputs: Sequence[str | Path], out: Path) -> tuple[Found, list[Pa
     """The images, and the other files of the given folders.
 
     Folders are searched to the bottom, but not linked ones, `out` and what is no data (see
-    files.is_data). InputError if an input is missing or there is no image.
+    files.is_data). InputError if an input is missing or is `out`, or there is no image.
     """
 
     def unreadable(error: OSError) -> None:
@@ -89,6 +91,11 @@ def find_images(inputs: Sequence[str | Path], out: Path) -> tuple[Found, list[Pa
         if not given.is_dir():
             found.append((given, given.stem))
             continue
+        if os.path.realpath(given) == top:
+            raise InputError(
+                f"--out {quote(out)}: is the folder of the images, so the next run would take the "
+                "results for images: name another folder"
+            )
         for here, folders, files in os.walk(given, onerror=unreadable):
             folders[:] = sorted(filter(is_data, folders))
             folders[:] = [f for f in folders if os.path.realpath(Path(here, f)) != top]
@@ -243,7 +250,9 @@ def results(
         yield ".png", png(Image.fromarray(ids + np.uint8(1)))
         return
     yield ".png", png(colorize(ids, colors))
-    yield "_overlay.png", png(overlay(image.numpy(), quote(path.name), ids, classes, colors))
+    shown = confidence if args.confidence else None
+    drawn = overlay(image.numpy(), quote(path.name), ids, classes, colors, shown)
+    yield "_overlay.png", png(drawn)
     if args.confidence:
         yield "_confidence.png", png(Image.fromarray(confidence))
     if args.page:
@@ -284,7 +293,7 @@ def parse_prediction(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, default=out, help=f"folder of the results (default: {out})")
     formats = "palette masks with overlays, or only the files of a test server (default: masks)"
     add("--format", choices=["masks", *SERVER_CLASSES], default="masks", help=formats)
-    confidence = "also the probability of the predicted class, white is 1"
+    confidence = "also the probability of the predicted class: grey, 0 is 0 and 255 is 1"
     add("--confidence", action="store_true", help=confidence)
     add("--attention", metavar="X,Y", type=pixel_of, help="also the attention maps of this pixel")
     page = "also a page of the maps of any pixel; an image above 1024x2048 pixels is reduced"
@@ -315,15 +324,20 @@ def predict_all(
     )
     for index, image in loader:
         path, name = found[index]
+        written = 0
         try:
             if isinstance(image, Exception):
                 raise image
             for ending, save in make(image, path):
                 write_result(args.out / (name + ending), save)
+                written += 1
             done += 1
         except (ValueError, OSError, SystemError, RuntimeError, MemoryError) as e:
             failed += 1  # this image; the others are still computed
-            print_line(image_failure(e, path), error=True)
+            line = image_failure(e, path)
+            if written:
+                line += f" ({written} of its {len(result_endings(args))} files were written)"
+            print_line(line, error=True)
         if rank == 0:
             rate = (done + failed) * world / (time.monotonic() - start)
             print_progress(f"{index + 1}/{len(found)} images, {rate:.2f} images/s")

@@ -159,7 +159,7 @@ def write_result(path: Path, save: Callable[[BinaryIO], object]) -> None:
         write(path, save)
     except OSError as e:
         raise InputError(
-            f"{quote(path)}: cannot be written ({e.strerror}): make room or choose another --out"
+            f"{quote(path)}: cannot be written ({e.strerror}): make room or write elsewhere"
         ) from e
 
 

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 import recipe
 from classes import IGNORE
 from data import RELATIVE, color_jitter, normalize, train_batches
-from evaluate import evaluate, iou_table, scores
+from evaluate import evaluate
+from metrics import iou_table, scores
 from ranks import (
     autocast,
     choose_kernels,
@@ -313,7 +314,7 @@ def validate(run: Run, net: nn.Module) -> dict[str, Any]:
         for b in net.buffers():
             dist.broadcast(b, 0)
 
-    def stop_at_signal(done: int, n: int) -> None:
+    def stop_at_signal(index: int, matrix: Tensor) -> None:
         if run.caught:
             raise InputError("stopped by a signal")  # only an InputError reaches the other ranks
 
@@ -327,7 +328,7 @@ def validate(run: Run, net: nn.Module) -> dict[str, Any]:
             workers=run.args.workers,
             base=run.base,
             amp=AMP[run.args.amp],
-            progress=stop_at_signal,
+            each=stop_at_signal,
         )
     except InputError:  # on all ranks, or none
         stop_if(run, sum_over_ranks([len(run.caught)])[0])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data import base_factor, read
 from evaluate import predict, top_class
-from pictures import colorize, sheet
+from pictures import colorize, sheet, with_ignored
 from ranks import peak_memory
 from run import Run
 from runtime import AMP, counted, print_line, quote
@@ -147,7 +147,7 @@ def val_sheet(run: Run) -> Image.Image:
     Leaves the network in eval mode.
     """
     run.net.eval()
-    rows = []
+    rows, truths = [], []
     for i in np.linspace(0, len(run.val) - 1, min(4, len(run.val))).round().astype(int):
         image, label = read(run.val, int(i))
         x = torch.from_numpy(image.transpose(2, 0, 1).copy()).to(run.device)
@@ -155,6 +155,8 @@ def val_sheet(run: Run) -> Image.Image:
         p = predict(run.net, x, factor=factor, amp=AMP[run.args.amp])
         guess = top_class(p, x.shape[1:])[0].cpu().numpy()
         truth = cast(np.ndarray, label)  # this split is validated on, so it has labels
+        truths.append(truth)
         masks = [colorize(ids, run.val.colors) for ids in (truth, guess)]
         rows.append([Image.fromarray(image), *masks])
-    return sheet(rows, ("image", "truth", "prediction"), run.val.classes, run.val.colors)
+    legend = with_ignored(run.val.classes, run.val.colors, truths)
+    return sheet(rows, ("image", "truth", "prediction"), *legend)

@@ -237,6 +237,16 @@ def test_wrong_file(folder, case, capsys):
     assert status == 1 and report["problems"] == [line] and report["splits"]["train"]["pairs"] == 2
 
 
+def test_progress_counts_the_wrong_files_of_its_split(folder, capsys):
+    halve(folder / IMAGE)
+    (folder / "labels/train/a 2.png").unlink()
+    halve(folder / "images/val/a 1.png")
+    assert status_of(check.main, "--data", "folder", "--root", folder, "--workers", 0) == 1
+    out, err = capsys.readouterr()
+    assert err.splitlines() == ["check train: 2/2, 2 wrong", "check val: 2/2, 1 wrong"]
+    assert out.splitlines()[-1] == "3 wrong files"
+
+
 @pytest.mark.parametrize("case", WRONG_FILES)
 def test_exif_is_named_only_of_turned_images(folder, case):
     name, spoil, words = WRONG_FILES[case]
