@@ -136,11 +136,17 @@ def init_network(run: Run) -> None:
         raise InputError(f"--init {quote(path)}: nothing of it fits this network: give its flags")
     if run.ema is not None:
         run.ema.load_state_dict(own)
+    others = [c for c in run.data.classes if c not in names]
     if run.rank == 0:
-        others = [c for c in run.data.classes if c not in names]
-        line = f"started from {quote(path)}: {len(own) - len(anew)} of {len(own)} tensors"
-        line += f"; drawn anew: {', '.join(anew) or 'none'}"
-        print_line(f"{line}; classes drawn anew: {', '.join(others) or 'none'}")
+        print_line(
+            f"started from {quote(path)}: {len(own) - len(anew)} of {len(own)} tensors; drawn anew: "
+            f"{list_or_none(anew)}; classes drawn anew: {list_or_none(others)}"
+        )
+
+
+def list_or_none(names: list[str]) -> str:
+    """a, b, or none."""
+    return ", ".join(names) if names else "none"
 
 
 def classifier_names(run: Run) -> set[str]:

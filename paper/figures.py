@@ -251,13 +251,7 @@ def figures_parser() -> Parser:
     p = figures.add_parser("attention", help="A, A', A'' and P_class of chosen pixels")
     p.add_argument("checkpoint")
     p.add_argument("images", nargs="+", metavar="IMAGE")
-    p.add_argument(
-        "--pixel",
-        type=pixel_of,
-        nargs="+",
-        metavar="X,Y",
-        help="(default: two, of different predicted classes)",
-    )
+    p.add_argument("--pixel", type=pixel_of, nargs="+", metavar="X,Y", help="(default: two drawn)")
     p.add_argument("--seed", type=int, default=0, help="of drawn pixels")
     compared = figures.add_parser("compare", help="predictions side by side")
     compared.set_defaults(name=None)
