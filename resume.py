@@ -139,8 +139,8 @@ def init_network(run: Run) -> None:
     others = [c for c in run.data.classes if c not in names]
     if run.rank == 0:
         print_line(
-            f"started from {quote(path)}: {len(own) - len(anew)} of {len(own)} tensors; drawn anew: "
-            f"{list_or_none(anew)}; classes drawn anew: {list_or_none(others)}"
+            f"started from {quote(path)}: {len(own) - len(anew)} of {len(own)} tensors; drawn "
+            f"anew: {list_or_none(anew)}; classes drawn anew: {list_or_none(others)}"
         )
 
 
