@@ -184,7 +184,7 @@ WRONG_FILES = {  # name: the file, what is done to it, words of the line
     "palette of greys": (
         LABEL,
         palette((0, 0, 0), (5, 5, 5), (15, 15, 15)),
-        "index 1 is the grey 5, as if renumbered by a PNG optimiser; expected class numbers: save it",
+        "index 1 is the grey 5, as if renumbered by a PNG optimiser; expected class numbers",
     ),
     "palette of another class": (
         LABEL,
