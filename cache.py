@@ -14,7 +14,16 @@ from typing import BinaryIO
 import numpy as np
 from torch import Tensor
 
-from runtime import InputError, lock_file, open_lock, print_progress, quote, regular_file, write
+from runtime import (
+    InputError,
+    lock_file,
+    open_lock,
+    print_progress,
+    quote,
+    regular_file,
+    remove_parts,
+    write,
+)
 
 Place = tuple[int, int, int]  # the offset of an item in the file, its height and its width
 Images = Iterable[tuple[int, Tensor, Tensor | None]]  # index, image (3, H, W), label (H, W)
@@ -62,6 +71,7 @@ def open_copy(
         folder.mkdir(parents=True, exist_ok=True)
         with open_lock(Path(f"{base}.lock")) as lock:
             lock_file(lock, wait=True)
+            remove_parts(folder, name)
             return _find(base, count, labelled) or _make(base, count, labelled, images())
     except OSError as e:
         raise InputError(

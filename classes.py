@@ -1,6 +1,7 @@
 """The classes of each data set: names, colours, and the numbers of Cityscapes' label files."""
 
 import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -139,12 +140,14 @@ def read_classes(path: Path) -> Classes:
             "expected a line `name [R G B]` for each class: add a line for the background"
         )
     colors = tuple(color or default for color, default in zip(given.values(), palette(IGNORE)))
-    return Classes(tuple(given), colors, _numbers([*given.values()], ignored))
+    return Classes(tuple(given), colors, numbers_of([*given.values()], ignored))
 
 
-def _numbers(colors: list[Color | None], ignored: Color | None) -> dict[Color, int]:
+def numbers_of(
+    colors: Sequence[Sequence[int] | None], ignored: Color | None = None
+) -> dict[Color, int]:
     """The train id of each colour. Leaves out a colour that two classes share."""
-    every = [*colors, ignored]
+    every = [None if c is None else (c[0], c[1], c[2]) for c in (*colors, ignored)]
     ids = [*range(len(colors)), IGNORE]
     numbers = {}
     for color, number in zip(every, ids):
@@ -156,7 +159,7 @@ def _numbers(colors: list[Color | None], ignored: Color | None) -> dict[Color, i
 def _parse_class(line: str, place: str) -> tuple[str, Color | None]:
     """Name and colour of `name R G B`, or name and None of `name`. place: for errors."""
     expected = "expected `name R G B`, such as `road 128 64 128`, or `name`"
-    if line == "__ignore__":
+    if line.split()[0] == "__ignore__":
         raise InputError(
             f"{place}: got labelme's __ignore__, which is 255 in labels and no class: remove the "
             "line"

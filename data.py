@@ -417,7 +417,7 @@ def train_batches(
     items(0)  # raises if there is not one batch
     load = partial(sample, dataset, seed, crop=crop, scale=scale, relative=relative)
     steps = map(items, range(start, stop))
-    return _batches(load, workers, collate_fn=_collate, pin_memory=pin, batch_sampler=steps)
+    return load_batches(load, workers, collate_fn=_collate, pin_memory=pin, batch_sampler=steps)
 
 
 def eval_items(n: int, rank: int, world: int) -> range:
@@ -433,7 +433,7 @@ def eval_images(
     Raises InputError that names the file.
     """
     keys = [(index,) for index in eval_items(len(dataset), rank, world)]
-    return _batches(partial(_eval_item, dataset), workers, sampler=keys, batch_size=None)
+    return load_batches(partial(_eval_item, dataset), workers, sampler=keys, batch_size=None)
 
 
 def _eval_item(dataset: DataSet, index: int) -> tuple[int, Tensor, Tensor | None]:
@@ -465,7 +465,9 @@ def _collate(rows: list[Any]) -> list[Tensor] | InputError:
     return [torch.stack(column) for column in zip(*rows)]
 
 
-def _batches(load: Callable[..., Any], workers: int, **options: Any) -> Generator[Any, None, None]:
+def load_batches(
+    load: Callable[..., Any], workers: int, **options: Any
+) -> Generator[Any, None, None]:
     """What DataLoader makes of load(*key). Raises an InputError of a worker.
 
     RuntimeError if a worker is gone, TimeoutError if no batch comes for BATCH_TIMEOUT.

@@ -104,7 +104,8 @@ def _check_palette(
     used = used[used < len(palette)]
     # Optimisers keep only the colours in use, so one that is not grey speaks for a real palette.
     moved = used[palette[used, 0] != used]
-    if moved.size and (palette == palette[:, :1]).all():
+    named = all(numbers.get(tuple(palette[i].tolist())) == i for i in used[used != IGNORE])
+    if moved.size and not named and (palette == palette[:, :1]).all():
         raise InputError(
             f"{place}: got a palette of greys in which index {moved[0]} is the grey "
             f"{palette[moved[0], 0]}, as if renumbered by a PNG optimiser; expected class numbers: "

@@ -29,7 +29,7 @@ from checkpoint import base_of, load_network, open_like
 from data import DataSet, base_factor, eval_images, normalize, resize_smooth, scaled
 from metrics import TITLES, class_counts, class_scores, confusion, image_table, iou_table, scores
 from pictures import confusion_picture
-from ranks import autocast, choose_amp, distributed, fail_on_all_ranks
+from ranks import NARROW, autocast, choose_amp, distributed, fail_on_all_ranks
 from runtime import (
     AMP,
     FLAGS,
@@ -44,7 +44,6 @@ from runtime import (
 )
 
 SIDE = 2048  # of a tile, in pixels, for up to 64 classes
-NARROW = 17  # below it, a convolution of stride 2 sees a side of 1 or 2
 NOT_FINITE = "the network's output is not finite: try --amp off, or train again with a lower --lr"
 
 # ---- prediction

@@ -191,8 +191,9 @@ def _find(root: Path, top: Path, endings: tuple[str, ...]) -> tuple[Files, Files
     found: Files = {}
     others: Files = {}
     for here, folders, files in os.walk(top, onerror=_raise, followlinks=True):
+        real = os.path.realpath(here)
         above = [os.path.realpath(top / p) for p in Path(here).relative_to(top).parents]
-        if os.path.realpath(here) in above:
+        if real in above or os.path.realpath(top).startswith(real + os.sep):
             folders.clear()
             continue
         folders[:] = filter(is_data, folders)

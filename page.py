@@ -22,6 +22,7 @@ from torch import Tensor
 import dnl
 from attention import attention_inputs
 from checkpoint import base_of
+from classes import numbers_of
 from data import base_factor, scaled
 from decode import decode_label
 from pictures import Picture, colorize, heat
@@ -51,7 +52,9 @@ def attention_html(
     layers = {"predicted": ids}
     against = "the predicted classes, since no label was given"
     if label is not None:
-        layers["true"] = decode_label(label, checkpoint["data"], len(checkpoint["classes"]), {})
+        layers["true"] = decode_label(
+            label, checkpoint["data"], len(checkpoint["classes"]), numbers_of(checkpoint["colors"])
+        )
         H, W = layers["true"].shape
         if ids.shape != (H, W):
             expected = f"{ids.shape[1]}x{ids.shape[0]} as the image has"

@@ -18,7 +18,6 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 import dnl
 from attention import (
@@ -41,7 +39,7 @@ from attention import (
 )
 from checkpoint import base_of, load_network
 from classes import ADE20K, CITYSCAPES
-from data import base_factor, eval_items
+from data import base_factor, eval_items, load_batches
 from decode import decode_image
 from evaluate import predict_ids, tile_side, tiles
 from files import IMAGE_ENDINGS, is_data, list_names
@@ -164,17 +162,12 @@ def check_server(out: Path, names: Sequence[str]) -> None:
         print_line(line, error=True)
 
 
-@dataclass(frozen=True)
-class _Images(Dataset):
-    """index -> (index, image (H, W, 3) uint8, or the error that tells why there is none)."""
-
-    paths: list[Path]
-
-    def __getitem__(self, index: int) -> tuple[int, np.ndarray | Exception]:
-        try:
-            return index, np.array(decode_image(self.paths[index]))
-        except (InputError, MemoryError) as e:
-            return index, e
+def load_image(paths: Sequence[Path], index: int) -> tuple[int, np.ndarray | Exception]:
+    """The index and the image (H, W, 3) uint8, or the error that tells why there is none."""
+    try:
+        return index, np.array(decode_image(paths[index]))
+    except (InputError, MemoryError) as e:
+        return index, e
 
 
 # ---- results
@@ -316,13 +309,9 @@ def predict_all(
     """Write what `make` gives for images rank, rank + world, ... Returns all ranks' failures."""
     done = failed = 0
     start = time.monotonic()
-    loader: DataLoader[Any] = DataLoader(
-        _Images([path for path, _ in found]),
-        batch_size=None,
-        num_workers=args.workers,
-        sampler=eval_items(len(found), rank, world),
-    )
-    for index, image in loader:
+    load = partial(load_image, [path for path, _ in found])
+    keys = [(index,) for index in eval_items(len(found), rank, world)]
+    for index, image in load_batches(load, args.workers, sampler=keys, batch_size=None):
         path, name = found[index]
         written = 0
         try:

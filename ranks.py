@@ -12,6 +12,9 @@ from torch import nn
 
 from runtime import InputError
 
+# On a CPU, bf16 convolutions of stride 2 read memory that nobody wrote where a side is 1 or 2.
+NARROW = 17  # pixels; below it the backbone has such a side
+
 
 def sum_over_ranks(numbers: Sequence[float], failure: InputError | None = None) -> list[float]:
     """The sums of plain numbers over all ranks, on the CPU: a GPU is not waited for.

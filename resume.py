@@ -53,8 +53,9 @@ def restore(run: Run) -> None:
 def tidy_folder(run: Run) -> None:
     """Find the best mIoU so far in best.pt, and write log.jsonl as the checkpoint has it."""
     best = read_if_readable(run.args.out / "best.pt")  # it may be of another run
-    same = changed_settings(best.get("settings", {}), run.settings).keys() <= SCHEDULE
-    if same and isinstance(best.get("best"), float):
+    settings: Any = best.get("settings")
+    whole = isinstance(settings, dict) and isinstance(best.get("best"), float)
+    if whole and changed_settings(settings, run.settings).keys() <= SCHEDULE:
         run.best = best["best"]
     try:
         write_log(run)
@@ -70,10 +71,11 @@ def find_checkpoint(run: Run) -> tuple[Path, dict[str, Any]] | None:
     out, resume = run.args.out, run.args.resume
     if resume == "auto":
         return read_last(out)
-    asked = Path(resume), read_checkpoint(resume, RUN_FIELDS)
-    found = read_last(out)
-    if found is None or Path(resume).resolve().parent == out.resolve():
-        return asked
+    found = None
+    if Path(resume).resolve().parent != out.resolve():
+        found = read_last(out)
+    if found is None:
+        return Path(resume), read_checkpoint(resume, RUN_FIELDS)
     if not changed_settings(found[1]["settings"], run.settings).keys() <= SCHEDULE:
         raise InputError(
             f"--out {quote(out)}: holds a run of other settings, which this one would replace: "
@@ -100,7 +102,10 @@ def load_state(run: Run, state: dict[str, Any]) -> None:
     run.scaler.load_state_dict(state["scaler"])
     run.step, run.history = state["step"], state["history"]
     first = {"settings": state["settings"], "step": 0}
-    run.settings_log = state.get("settings_log", [first])
+    run.settings_log = list(state.get("settings_log", [first]))
+    for line in (*run.history, *run.settings_log):
+        if type(line["step"]) is not int:
+            raise TypeError("a line of the log")
     if run.rank == 0:
         run.sums += state["sums"].to(run.device)
 
@@ -123,9 +128,9 @@ def init_network(run: Run) -> None:
     anew = []
     for name, tensor in own.items():
         source = old.get(name)
-        if source is None or source.shape[1:] != tensor.shape[1:]:
+        if source is None or source.shape[1:] != tensor.shape[1:] or source.dim() != tensor.dim():
             anew.append(name)
-        elif name in classifiers:
+        elif name in classifiers and len(source) == len(names):
             for i, j in rows:
                 tensor[i] = source[j]
         elif source.shape == tensor.shape:
@@ -152,7 +157,7 @@ def init_network(run: Run) -> None:
 
 
 def classifier_names(run: Run) -> set[str]:
-    """The tensors that have a row for each class: their shapes follow the number of classes."""
+    """The tensors that have a row for each class, told from a network of one class more."""
     config = run.net.config
     factory = import_factory(config.context)
     shapes = []
@@ -160,4 +165,9 @@ def classifier_names(run: Run) -> set[str]:
         for n in (config.num_classes, config.num_classes + 1):
             net = dnl.build(replace(config, num_classes=n), factory)
             shapes.append({name: t.shape for name, t in net.state_dict().items()})
-    return {name for name in shapes[0] if shapes[0][name] != shapes[1][name]}
+    n = config.num_classes
+    return {
+        name
+        for name, shape in shapes[0].items()
+        if shape[:1] == (n,) and shapes[1][name] == (n + 1, *shape[1:])
+    }

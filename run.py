@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import dnl
 from checkpoint import VERSION, base_of, finish_save, weight_names, write_checkpoint, write_last
 from data import DataSet, open_dataset, require_classes, step_items
-from ranks import choose_amp, fail_on_all_ranks, sum_over_ranks, to_device
+from ranks import NARROW, choose_amp, fail_on_all_ranks, sum_over_ranks, to_device
 from recipe import check_network, configuration, rate, read_class_weights, settings_of
 from runtime import (
     Caught,
@@ -28,6 +28,7 @@ from runtime import (
     open_lock,
     print_line,
     quote,
+    remove_parts,
     write,
 )
 
@@ -94,6 +95,13 @@ def start_run(args: argparse.Namespace, rank: int, world: int, device: torch.dev
     val = open_dataset(args.data, args.root, "val", args.cache)
     step_items(0, seed=args.seed, n=len(data), batch=args.batch)  # raises if there is no step
     require_classes(data)
+    if device.type == "cpu" and args.crop < NARROW:
+        if args.amp == "bf16":
+            raise InputError(
+                f"--crop {args.crop} with --amp bf16: torch's convolutions of such a size are "
+                "wrong on a CPU: give --amp off"
+            )
+        args.amp = "off"
     args.amp = choose_amp(args.amp, device)
     net = make_network(args, len(data.classes), rank, world, device)
     weights = [1.0, args.aux_weight, args.aux_weight]  # head, res2, res3
@@ -149,10 +157,10 @@ def fill_backbone(net: dnl.Network, args: argparse.Namespace) -> None:
     except ValueError as e:
         raise InputError(f"--weights {quote(args.weights)}: {e}") from None
     except Exception as e:  # a download can fail in any layer
-        what = str(e).split("\n")[0]
-        raise InputError(
-            f"--weights {args.weights}: cannot be downloaded ({what}): give --weights FILE"
-        ) from None
+        what = f"cannot be loaded ({str(e).splitlines()[0]}): give another file"
+        if args.weights == "imagenet":
+            what = f"cannot be downloaded ({e}): give --weights FILE".replace("\n", " ")
+        raise InputError(f"--weights {quote(args.weights)}: {what}") from None
 
 
 def make_optimizer(net: dnl.Network, args: argparse.Namespace) -> torch.optim.SGD:
@@ -238,8 +246,7 @@ def locked_folder(path: Path) -> Iterator[None]:
                 f"--out {quote(path)}: another training is writing to it: wait for it, end it, or "
                 "choose another"
             )
-        for left in path.glob("*.part"):  # by a save that was killed
-            left.unlink(missing_ok=True)
+        remove_parts(path)
         finish_save(path)
         try:
             yield

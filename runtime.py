@@ -1,13 +1,16 @@
 """What the scripts share: errors, messages, files, flags, exit status; ranks, device, signals."""
 
 import argparse
+import glob
 import io
 import multiprocessing
 import os
+import re
 import secrets
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -150,6 +153,13 @@ def write(path: Path, save: Callable[[BinaryIO], object]) -> None:
         if isinstance(e, RuntimeError) and isinstance(e.__context__, OSError):
             raise e.__context__ from None  # torch.save hides the system's error behind its own
         raise
+
+
+def remove_parts(folder: Path, name: str = "") -> None:
+    """Remove what a killed `write` left of files whose names begin so. Call it under a lock."""
+    for path in folder.glob(f"{glob.escape(name)}*.part"):
+        if re.fullmatch(r".*\.[0-9a-f]{8}\.part", path.name) and path.is_file():
+            path.unlink()
 
 
 def write_result(path: Path, save: Callable[[BinaryIO], object]) -> None:
@@ -321,7 +331,8 @@ def time_limit(seconds: int, message: str) -> Iterator[None]:
     def stop(number: int, frame: object) -> None:
         raise TimeoutError(message)
 
-    if not seconds or not hasattr(signal, "SIGALRM"):
+    main = threading.current_thread() is threading.main_thread()  # others have no signals
+    if not seconds or not main or not hasattr(signal, "SIGALRM"):
         yield
         return
     old = signal.signal(signal.SIGALRM, stop)

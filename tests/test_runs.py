@@ -515,7 +515,11 @@ def test_the_best_that_a_full_disk_lost_is_not_told_as_best(
     monkeypatch.setattr(
         train,
         "validate",
-        lambda run, net: {"miou": next(rising), "accuracy": 1.0, "iou": {"red": 0.5}},
+        lambda run, net: {
+            "miou": next(rising),
+            "accuracy": 1.0,
+            "iou": dict.fromkeys(("red", "green", "blue"), 0.5),
+        },
     )
     no_room_at_first(monkeypatch, "best.pt")
     assert trained(tmp_path / "r", street, "--epochs", 3) == 0
