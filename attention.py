@@ -13,7 +13,7 @@ from torch import Tensor
 
 import dnl
 from data import normalize, resize_smooth, scaled
-from pictures import GAP, HEAT, Picture, heat, mark_pixel, sheet
+from pictures import GAP, HEAT, Picture, heat, mark_pixel, sheet, text_size
 from runtime import InputError, quote
 
 Pixel = tuple[int, int]  # (x, y) in an image, from 0
@@ -113,12 +113,13 @@ def attention_row(
     photo = photo.resize((across, tall), Resampling.BILINEAR)
     x, y = pixel
     at = ((x + 0.5) * across / W, (y + 0.5) * tall / H)
-    first = mark_pixel(photo, at, caption)
+    letters = text_size(width)
+    first = mark_pixel(photo, at, caption, letters)
     row = {"pixel, predicted class": first}
     for title, values in maps.items():
         caption = f"max {values.max():.3g}"
         picture = overlay_map(photo, values)
-        row[title] = mark_pixel(picture, at, caption)
+        row[title] = mark_pixel(picture, at, caption, letters)
     return row
 
 

@@ -4,7 +4,6 @@ A copy is NAME.bin, images (H, W, 3) and labels (H, W) one after another, and NA
 of each item. NAME.json is written last, so half a copy counts as none.
 """
 
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -15,7 +14,7 @@ from typing import BinaryIO
 import numpy as np
 from torch import Tensor
 
-from runtime import InputError, open_lock, print_progress, quote, regular_file, write
+from runtime import InputError, lock_file, open_lock, print_progress, quote, regular_file, write
 
 Place = tuple[int, int, int]  # the offset of an item in the file, its height and its width
 Images = Iterable[tuple[int, Tensor, Tensor | None]]  # index, image (3, H, W), label (H, W)
@@ -62,7 +61,7 @@ def open_copy(
             return copy
         folder.mkdir(parents=True, exist_ok=True)
         with open_lock(Path(f"{base}.lock")) as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock_file(lock, wait=True)
             return _find(base, count, labelled) or _make(base, count, labelled, images())
     except OSError as e:
         raise InputError(

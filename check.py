@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from classes import IGNORE
-from data import NAMES, SPLITS, DataSet, open_split, read, split_files
-from decode import FORMATS
+from data import NAMES, SPLITS, DataSet, open_split, read
+from decode import decode_label, header
+from files import list_names, split_files
 from runtime import InputError, Parser, counted, print_progress, run_script
 
 
@@ -33,8 +33,9 @@ def check(
     """Read every file of the split; None: of train, val, and test if there is one.
 
     Returns plain values: data, classes, splits {split: {pairs, sizes {"HxW": n}, modes {"image
-    label": n}, pixels (of each class), ignored, weights}}, problems (a line for each wrong file),
-    warnings. weights: see class_weights. Raises InputError if there is nothing to check.
+    label": n}, pixels (of each class), ignored, weights, left_out (files that are no image or
+    label)}}, problems (a line for each wrong file), warnings. weights: see class_weights. Raises
+    InputError if there is nothing to check.
     """
     splits = [split] if split else ["train", "val", "test"]
     if not split and name != "synthetic":
@@ -43,17 +44,20 @@ def check(
             splits.remove("test")
     opened = [open_split(name, root, s) for s in splits]  # before the long part
     problems = []
-    for _, lines in opened:
-        problems += lines
     report: dict[str, Any] = {"data": name, "classes": list(opened[0][0].classes), "splits": {}}
-    for dataset, _ in opened:
-        report["splits"][dataset.split] = _check_split(dataset, workers, progress, problems)
-    return report | {"problems": problems, "warnings": _warnings(report)}
+    warnings = []
+    for dataset, wrong in opened:
+        part = _check_split(dataset, workers, progress, wrong)
+        report["splits"][dataset.split] = part
+        problems += wrong
+        warnings += [f"{dataset.split}: {text}" for text in _warnings(dataset, part)]
+    return report | {"problems": problems, "warnings": warnings}
 
 
 def _check_split(
     dataset: DataSet, workers: int, progress: bool, problems: list[str]
 ) -> dict[str, Any]:
+    """The report of one split. Adds its wrong files to the problems, which hold its lone ones."""
     parts = [replace(dataset, items=dataset.items[i : i + 16]) for i in range(0, len(dataset), 16)]
     pixels = np.zeros(256, np.int64)
     sizes: Counter[str] = Counter()
@@ -80,6 +84,7 @@ def _check_split(
         "pixels": known.tolist(),
         "ignored": int(pixels[IGNORE]),
         "weights": class_weights(known).tolist(),
+        "left_out": list(map(str, dataset.left_out)),
     }
 
 
@@ -104,25 +109,41 @@ def _check_part(dataset: DataSet) -> tuple[np.ndarray, Counter[str], Counter[str
 def _mode(dataset: DataSet, path: Path) -> str:
     if dataset.name == "synthetic":
         return "memory"
-    with Image.open(path, formats=FORMATS) as image:
-        return image.mode
+    return header(path)[0]
 
 
-def _warnings(report: dict[str, Any]) -> list[str]:
-    """What looks wrong in labels that can all be read."""
-    parts = report["splits"].values()
-    pixels = np.sum([part["pixels"] for part in parts], 0)
-    ignored = any(part["ignored"] for part in parts)
+def _warnings(dataset: DataSet, part: dict[str, Any]) -> list[str]:
+    """What looks wrong in the labels of a split that can all be read."""
+    pixels = part["pixels"]
+    missing = [name for name, n in zip(dataset.classes, pixels) if not n]
+    if len(missing) == len(pixels):
+        return ["no pixel has a class, all are ignored"] if part["ignored"] else []
     lines = []
-    if len(pixels) > 1 and pixels[0] and not pixels[1:].any() and ignored:
+    if dataset.name == "folder" and part["ignored"] and pixels[0] == sum(pixels):
         lines.append(
             "the labels hold only 0 and 255 (ignored): if they are 0/255 masks, write class "
             "numbers 0 and 1"
         )
-    for name, n in zip(report["classes"], pixels):
-        if not n and pixels.any():
-            lines.append(f"no pixel is of the class {name!r}")
+    if dataset.name == "cityscapes" and _are_train_ids(dataset):
+        lines.append(
+            "the labels hold only 0..18 and 255: these look like labelTrainIds; give the "
+            "*_gtFine_labelIds.png of gtFine_trainvaltest.zip"
+        )
+    if missing:
+        lines.append(f"classes without a pixel: {list_names(missing)}")
     return lines
+
+
+def _are_train_ids(dataset: DataSet) -> bool:
+    """Whether the first 100 labels of Cityscapes hold only 0..18 and 255, and both."""
+    ignored = False
+    for item in dataset.items[:100]:
+        try:
+            ids = decode_label(item.files[-1], "folder", len(dataset.classes), {})
+        except InputError:
+            return False
+        ignored |= bool((ids == IGNORE).any())
+    return ignored
 
 
 def class_weights(pixels: np.ndarray) -> np.ndarray:
@@ -144,6 +165,8 @@ def _print_report(report: dict[str, Any]) -> None:
             if len(part[what]) > 6:
                 text += f", {counted(len(part[what]) - 6, 'other')}"
             print(f"  {what} ({title})  {text}")
+        if part["left_out"]:
+            print(f"  left out (no image or label)  {list_names(part['left_out'])}")
         total = max(1, sum(part["pixels"]) + part["ignored"])
         names = [*report["classes"], "(ignored)"]
         pixels = [*part["pixels"], part["ignored"]]

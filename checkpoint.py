@@ -18,17 +18,10 @@ import torch
 from torch import Tensor, nn
 
 import dnl
-from data import IGNORE, NAMES, RELATIVE, DataSet, open_dataset
-from runtime import (
-    AMP,
-    InputError,
-    import_factory,
-    print_line,
-    quote,
-    regular_file,
-    to_device,
-    write,
-)
+from classes import IGNORE
+from data import NAMES, RELATIVE, DataSet, open_dataset
+from ranks import find_device, to_device
+from runtime import AMP, InputError, import_factory, print_line, quote, regular_file, write
 
 VERSION = 1
 FIELDS = {  # what every script reads, beside the version
@@ -68,7 +61,7 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
 def write_last(out: Path, state: dict[str, Any]) -> None:
     """Write last.pt, keep the one before, and write averaged weights as ema.pt."""
     if state["ema"] is not None:
-        # No training can go on from averaged weights, so their settings differ from the run's.
+        # `restore` refuses these settings: no training can go on from averaged weights.
         settings = state["settings"] | {"averaged": True}
         write_checkpoint(out / "ema.pt", state | {"model": state["ema"], "settings": settings})
     write_checkpoint(out / "new.pt", state)
@@ -76,7 +69,7 @@ def write_last(out: Path, state: dict[str, Any]) -> None:
 
 
 def finish_save(out: Path) -> None:
-    """Rename new.pt to last.pt if it exists. Ends a save, and finishes one that was killed here."""
+    """Rename last.pt to last.prev.pt and new.pt to last.pt. Also completes a save killed here."""
     if (out / "new.pt").exists():
         if (out / "last.pt").exists():
             os.replace(out / "last.pt", out / "last.prev.pt")
@@ -125,6 +118,9 @@ def read_checkpoint(path: str | Path, fields: dict[str, Any] = FIELDS) -> dict[s
 
 def read_pickle(path: str | Path) -> Any:
     """What torch.save wrote. The zip's checksums are verified, which torch.load does not do."""
+    best = Path(path, "best.pt")
+    if best.is_file():
+        raise InputError(f"{quote(path)} is a folder: did you mean {quote(best)}?")
     try:
         regular_file(path)
         with zipfile.ZipFile(path) as z, warnings.catch_warnings():
@@ -150,7 +146,7 @@ def read_pickle(path: str | Path) -> Any:
 
 
 def check_globals(pickled: bytes) -> None:
-    """ValueError if a pickle names more than tensors need: torch allows codecs that take hours."""
+    """ValueError if a pickle names more than tensors need. torch allows codecs that take hours."""
     for opcode, argument, _ in pickletools.genops(pickled):
         if opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST") and argument not in GLOBALS:
             raise ValueError(f"the pickle names {argument}")
@@ -205,13 +201,13 @@ def is_color(c: list[int]) -> bool:
 
 
 def load_network(
-    path: str | Path, device: torch.device | str, context: str | None = None
+    path: str | Path, device: torch.device | str = "auto", context: str | None = None
 ) -> tuple[dnl.Network, dict[str, Any]]:
     """The network of a checkpoint, filled, in eval mode and channels_last on the device; and the
     checkpoint.
 
-    context: MODULE:FACTORY again, if the checkpoint was trained with one. A file alone cannot make
-    us import something.
+    device: as --device. context: MODULE:FACTORY again, if the checkpoint was trained with one. A
+    file alone cannot make us import something.
     """
     checkpoint = read_checkpoint(path)
     config, model = dnl.Config(**checkpoint["config"]), checkpoint["model"]
@@ -229,6 +225,8 @@ def load_network(
         dnl.load_strict(net, model, "the model")
     except (TypeError, ValueError, RuntimeError) as e:
         raise InputError(f"{quote(path)}: {quote(str(e))}") from None
+    if isinstance(device, str):
+        device = find_device(device)
     to_device(net, device)
     return net.eval(), checkpoint
 

@@ -1,15 +1,26 @@
 """The classes of each data set: names, colours, and the numbers of Cityscapes' label files."""
 
-import colorsys
 import re
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 import synthetic
 from runtime import InputError, quote, regular_file
 
 IGNORE = 255  # in a label: no class
 Color = tuple[int, int, int]  # R, G, B, 0..255
-Classes = tuple[tuple[str, ...], tuple[Color, ...]]  # names and colours
+
+
+class Classes(NamedTuple):
+    """The classes of a data set, in the order of train ids."""
+
+    names: tuple[str, ...]
+    colors: tuple[Color, ...]
+    numbers: dict[Color, int]  # the train id of each colour that classes.txt gives to one class
+
 
 # A line holds two or three classes: fmt would give each its own.
 # fmt: off
@@ -40,31 +51,63 @@ shower,radiator,glass,clock,flag""".replace("\n", "").split(",")
 )
 
 
+@cache
 def palette(n: int) -> tuple[Color, ...]:
-    """n fixed colours. Hues step by the golden ratio, so that neighbours differ."""
+    """n fixed colours, n <= 255; palette(m) begins with them for m > n.
+
+    Each lies as far as can be, in CIE Lab, from those before it, from black and from white. 150
+    colours differ by at least 16, 255 by at least 13 (delta E 1976).
+    """
+    levels = np.arange(0, 256, 15)
+    grid = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, 3)
+    lab = _lab(grid)
+
+    def distance(i: int) -> np.ndarray:
+        return np.linalg.norm(lab - lab[i], axis=1)
+
+    nearest = np.minimum(distance(0), distance(-1))  # to black and to white
     colors = []
-    for i in range(n):
-        saturation, value = (0.85, 0.5, 0.7)[i % 3], (0.95, 0.75, 0.5)[i // 3 % 3]
-        r, g, b = colorsys.hsv_to_rgb(i * 0.618034 % 1, saturation, value)
-        colors.append((round(255 * r), round(255 * g), round(255 * b)))
+    for _ in range(n):
+        i = int(nearest.round(3).argmax())  # rounded, so that each machine takes the same
+        nearest = np.minimum(nearest, distance(i))
+        r, g, b = grid[i].tolist()
+        colors.append((r, g, b))
     return tuple(colors)
 
 
+def _lab(colors: np.ndarray) -> np.ndarray:
+    """sRGB colours (n, 3), 0..255, in CIE Lab (n, 3), for the white D65."""
+    c = colors / 255
+    linear = np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    t = linear @ np.array(to_xyz).T / (0.9505, 1, 1.089)
+    x, y, z = np.where(t > 0.008856, np.cbrt(t), 7.787 * t + 16 / 116).T
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
+
+
 def classes_of(name: str, root: Path) -> Classes:
-    """The classes of a data set, in the order of train ids; only `folder` looks into its root."""
+    """The classes of a data set; only `folder` looks into its root."""
     if name == "folder":
         return read_classes(root / "classes.txt")
     if name == "cityscapes":
-        return tuple(CITYSCAPES), tuple((r, g, b) for _, r, g, b in CITYSCAPES.values())
+        colors = tuple((r, g, b) for _, r, g, b in CITYSCAPES.values())
+        return Classes(tuple(CITYSCAPES), colors, {})
     names = ADE20K if name == "ade20k" else synthetic.CLASSES
-    return names, palette(len(names))
+    return Classes(names, palette(len(names)), {})
+
+
+IGNORED = "(ignored)"  # in classes.txt: not a class, the colour of pixels without one
+# Numbers may be separated as other tools do it: `road:128,64,128::`.
+SEPARATORS = r"[\s,:;=|()\[\]{}\"']+"
+NUMBER = r"[-+]?[0-9]+(\.[0-9]*)?"
 
 
 def read_classes(path: Path) -> Classes:
     """The classes of a classes.txt: UTF-8, a line `name [R G B]` for each.
 
-    Skips blank lines and lines that start with #. A class without a colour gets one of `palette`.
-    Raises InputError that names the file and the line.
+    Skips blank lines and lines that start with #. A line `(ignored) R G B` gives the colour of 255
+    in labels that are saved as colours. A class without a colour gets one of `palette`. Raises
+    InputError that names the file and the line.
     """
     try:
         lines = regular_file(path).read_text(encoding="utf-8-sig").split("\n")
@@ -73,39 +116,64 @@ def read_classes(path: Path) -> Classes:
             f"{quote(path)}: cannot be read ({type(e).__name__}); expected UTF-8 text, a line "
             "`name [R G B]` for each class"
         ) from e
-    classes: dict[str, Color] = {}
-    defaults = palette(IGNORE)
+    given: dict[str, Color | None] = {}
     for number, line in enumerate(map(str.strip, lines), 1):
         if not line or line.startswith("#"):
             continue
         place = f"{quote(path)}: line {number}"
         name, color = _parse_class(line, place)
-        if name in classes:
+        if name in given:
             raise InputError(f"{place}: got the name {name[:60]!r} again; expected each name once")
-        if len(classes) == IGNORE:
+        given[name] = color
+        if len(given.keys() - {IGNORED}) > IGNORE:
             raise InputError(f"{place}: more than 255 classes; 255 is ignored: merge classes")
-        classes[name] = color or defaults[len(classes)]
-    if not classes:
-        raise InputError(f"{quote(path)}: no class in it; expected a line `name [R G B]` for each")
-    return tuple(classes), tuple(classes.values())
+    ignored = given.pop(IGNORED, None)
+    if len(given) < 2:
+        raise InputError(
+            f"{quote(path)}: {'one class' if given else 'no class in it'}, nothing to tell apart; "
+            "expected a line `name [R G B]` for each class: add a line for the background"
+        )
+    colors = tuple(color or default for color, default in zip(given.values(), palette(IGNORE)))
+    return Classes(tuple(given), colors, _numbers([*given.values()], ignored))
+
+
+def _numbers(colors: list[Color | None], ignored: Color | None) -> dict[Color, int]:
+    """The train id of each colour. Leaves out a colour that two classes share."""
+    every = [*colors, ignored]
+    ids = [*range(len(colors)), IGNORE]
+    numbers = {}
+    for color, number in zip(every, ids):
+        if color is not None and every.count(color) == 1:
+            numbers[color] = number
+    return numbers
 
 
 def _parse_class(line: str, place: str) -> tuple[str, Color | None]:
     """Name and colour of `name R G B`, or name and None of `name`. place: for errors."""
+    expected = "expected `name R G B`, such as `road 128 64 128`, or `name`"
+    if line == "__ignore__":
+        raise InputError(
+            f"{place}: got labelme's __ignore__, which is 255 in labels and no class: remove the "
+            "line"
+        )
+    if re.search(r"\br(ed)?\W+g(reen)?\W+b(lue)?\b", line, re.I):
+        raise InputError(f"{place}: got the head of a table, {line[:60]!r}: remove it; {expected}")
     words = line.rsplit(None, 3)
-    numbers = words[-3:]
     name = "".join(words[:-3])
-    if len(numbers) < 3 or not all(re.fullmatch("-?[0-9]+", v) for v in numbers):
+    numbers = [word for word in re.split(SEPARATORS, line) if re.fullmatch(NUMBER, word)]
+    if len(numbers) < 3:
         numbers = []
         name = line
+    elif numbers != words[-3:]:
+        raise InputError(f"{place}: got {len(numbers)} numbers in {line[:60]!r}; {expected}")
     if not name.isprintable() or not name:
-        raise InputError(
-            f"{place}: got the name {name[:60]!r}, empty or not printable; expected `name [R G B]`"
-        )
-    if not all(len(v) < 4 and 0 <= int(v) <= 255 for v in numbers):
+        raise InputError(f"{place}: got the name {name[:60]!r}, empty or not printable; {expected}")
+    if not all(len(v) < 4 and v.isdecimal() and int(v) <= 255 for v in numbers):
         got = " ".join(numbers)[:60]
         raise InputError(f"{place}: got the colour {got}; expected R G B, each 0..255")
-    if not numbers:
-        return name, None
-    r, g, b = map(int, numbers)
-    return name, (r, g, b)
+    if numbers:
+        r, g, b = map(int, numbers)
+        return name, (r, g, b)
+    if name == IGNORED:
+        raise InputError(f"{place}: got no colour; expected `{IGNORED} R G B`")
+    return name, None

@@ -15,7 +15,7 @@ import math
 import os
 import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -31,7 +31,8 @@ from torch.utils.data import DataLoader, Dataset
 import synthetic
 from cache import Copy, open_copy
 from classes import IGNORE, Color, classes_of
-from decode import decode_image, decode_label
+from decode import decode_image, decode_label, header
+from files import Item, find_pairs, stamp_of
 from runtime import GROUP_SIGNALS, InputError, check_open_files, counted, quote, time_limit
 
 NAMES = ("synthetic", "cityscapes", "ade20k", "folder")
@@ -44,20 +45,7 @@ LONGEST = 4  # times --base: of the long side
 Sample = tuple[Tensor, Tensor, Tensor]  # image, label, colour factors
 
 
-# ---- finding files
-
-
-@dataclass(frozen=True)
-class Item:
-    """The files of an image and its label (None: no ground truth); of a synthetic scene, names."""
-
-    image: Path
-    label: Path | None
-    stamps: tuple[tuple[int, int] | None, ...] = ()  # of the files, when the set was opened
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return (self.image,) if self.label is None else (self.image, self.label)
+# ---- a split
 
 
 @dataclass(frozen=True)
@@ -69,6 +57,8 @@ class DataSet:
     classes: tuple[str, ...]
     colors: tuple[Color, ...]
     items: tuple[Item, ...]
+    numbers: dict[Color, int] = field(default_factory=dict)  # see classes.Classes
+    left_out: tuple[Path, ...] = ()  # files that are no image or label
     copy: Copy | None = None  # the decoded copy, if one is kept
 
     def __len__(self) -> int:
@@ -77,31 +67,6 @@ class DataSet:
     @property
     def labelled(self) -> bool:
         return self.items[0].label is not None
-
-
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-ADE_FOLDERS = {"train": "training", "val": "validation", "test": "testing"}
-# Found only in the full ADE20K.
-FULL_ADE = ("index_ade*", "ADE20K_*", "images/ADE", "images/*/*_seg.png", "images/training/*/")
-
-
-def split_files(name: str, root: Path, split: str) -> tuple[Path, tuple[str, ...], Path, str]:
-    """Folder and endings, in lower case, of a split's images; folder and ending of its labels.
-
-    Raises InputError for the full ADE20K.
-    """
-    if name == "cityscapes":
-        labels = root / "gtFine" / split
-        return root / "leftImg8bit" / split, ("_leftimg8bit.png",), labels, "_gtFine_labelIds.png"
-    if name == "ade20k":
-        if any(any(root.glob(pattern)) for pattern in FULL_ADE):
-            raise InputError(
-                f"{quote(root)}: this is the full ADE20K; expected the benchmark of 150 classes: "
-                "download ADEChallengeData2016.zip and name its folder by --root"
-            )
-        folder = ADE_FOLDERS[split]
-        return root / "images" / folder, (".jpg",), root / "annotations" / folder, ".png"
-    return root / "images" / split, IMAGE_ENDINGS, root / "labels" / split, ".png"
 
 
 def open_dataset(
@@ -131,7 +96,8 @@ def _with_copy(dataset: DataSet, folder: Path) -> DataSet:
     for item in dataset.items:
         for path, stamp in zip(item.files, item.stamps):
             stamps.append((os.path.realpath(path), *(stamp or ())))
-    key = repr((dataset.classes, stamps)).encode("utf-8", "surrogateescape")
+    # The number changes when files are read in another way than before.
+    key = repr((2, dataset.classes, dataset.numbers, stamps)).encode("utf-8", "surrogateescape")
     name = f"{dataset.name}-{dataset.split}-{hashlib.sha256(key).hexdigest()[:16]}"
     images = partial(eval_images, dataset, 0, 1, os.cpu_count() or 1)
     copy = open_copy(folder, name, len(dataset), dataset.labelled, images)
@@ -140,6 +106,25 @@ def _with_copy(dataset: DataSet, folder: Path) -> DataSet:
 
 def open_split(name: str, root: Path | str | None, split: str) -> tuple[DataSet, list[str]]:
     """As open_dataset, but leaves out files without a partner and lists them as problems."""
+    _check_names(name, root, split)
+    top = Path(root or "")
+    items: list[Item] = []
+    problems: list[str] = []
+    left_out: list[Path] = []
+    for part in ("train", "val") if split == "trainval" else (split,):
+        if name == "synthetic":
+            for number in range(synthetic.SIZES[part]):
+                scene = Path(name, part, str(number))
+                items.append(Item(scene, scene))
+        else:
+            items += find_pairs(name, top, part, problems, left_out)
+    names, colors, numbers = classes_of(name, top)
+    dataset = DataSet(name, split, names, colors, tuple(items), numbers, tuple(left_out))
+    return dataset, problems
+
+
+def _check_names(name: str, root: Path | str | None, split: str) -> None:
+    """InputError for another data set or split, or for a root too few or too many."""
     if name not in NAMES or split not in SPLITS:
         raise InputError(
             f"got data set {name!r}, split {split!r}; expected one of {', '.join(NAMES)} and one "
@@ -152,108 +137,6 @@ def open_split(name: str, root: Path | str | None, split: str) -> tuple[DataSet,
             f"--root {quote(root)}: synthetic scenes are made in memory: name what lies there by "
             "--data, or leave --root out"
         )
-    top = Path(root or "")
-    items: list[Item] = []
-    problems: list[str] = []
-    for part in ("train", "val") if split == "trainval" else (split,):
-        try:
-            items += _scan(name, top, part, problems)
-        except OSError as e:
-            what = quote(e.filename or top)
-            raise InputError(f"{what}: cannot be read ({e.strerror}): check --root") from e
-    return DataSet(name, split, *classes_of(name, top), tuple(items)), problems
-
-
-def _scan(name: str, root: Path, split: str, problems: list[str]) -> list[Item]:
-    """The pairs of one split, sorted by name. Adds a line to problems for each other file."""
-    if name == "synthetic":
-        names = [Path(name, split, str(i)) for i in range(synthetic.SIZES[split])]
-        return list(map(Item, names, names))
-    image_dir, endings, label_dir, label_ending = split_files(name, root, split)
-    labelled = split != "test" or (name != "cityscapes" and label_dir.is_dir())
-    images = _find(root, image_dir, endings)
-    if not images:
-        raise InputError(
-            f"{quote(image_dir)}: the split {split} is empty; expected images "
-            f"*{', *'.join(endings)}"
-        )
-    if not labelled:
-        return [Item(path, None, (_stamp(path),)) for _, path in sorted(images.items())]
-    labels = _find(root, label_dir, (label_ending.lower(),))
-    items = []
-    for key in sorted(images.keys() | labels.keys()):
-        if key not in labels:
-            problems.append(
-                f"{quote(images[key])}: image without label; expected "
-                f"{quote(label_dir / key)}{label_ending}: add it or remove the image"
-            )
-        elif key not in images:
-            problems.append(
-                f"{quote(labels[key])}: label without image; expected {quote(image_dir / key)}"
-                f"{endings[0]} or the like: add it or remove the label"
-            )
-        else:
-            files = images[key], labels[key]
-            items.append(Item(*files, tuple(map(_stamp, files))))
-    return items
-
-
-def _stamp(path: Path) -> tuple[int, int] | None:
-    """Size in bytes and time of the last change in ns, or None if there is no file."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_size, status.st_mtime_ns
-
-
-def _missing(root: Path, folder: Path) -> InputError:
-    """The error of a missing folder. Looks one level up and down for the root that was meant."""
-    top = folder.parent
-    mend = "name the data set's folder by --root"
-    if top.is_dir():
-        mend = "name another split, or add this one"
-    below = [found.parent for found in root.glob(f"*/{top.name}")]
-    for near in (root.parent, root.parent.parent, *below):
-        if near != root and Path(near, top.name, folder.name).is_dir():
-            mend = f"give --root {quote(near)}"
-            break
-    return InputError(
-        f"{quote(folder)}: no such folder; expected a root that contains "
-        f"{top.name}/{folder.name}: {mend}"
-    )
-
-
-def _find(root: Path, top: Path, endings: tuple[str, ...]) -> dict[str, Path]:
-    """Files below top with one of the endings: path by relative name without the ending.
-
-    Leaves out hidden files, and links to a folder that they lie in. InputError if top is missing.
-    """
-    if not top.is_dir():
-        raise _missing(root, top)
-    found: dict[str, Path] = {}
-    for here, folders, files in os.walk(top, onerror=_raise, followlinks=True):
-        above = [os.path.realpath(top / p) for p in Path(here).relative_to(top).parents]
-        if os.path.realpath(here) in above:
-            folders.clear()
-            continue
-        for name in files:
-            ending = next((e for e in endings if name.lower().endswith(e)), None)
-            if ending is None or name.startswith("."):
-                continue
-            path = Path(here, name)
-            key = path.relative_to(top).as_posix().removesuffix(name[-len(ending) :])
-            if key in found:
-                raise InputError(
-                    f"{quote(path)}: {quote(found[key])} has this name too; expected one file for "
-                    "each name, whatever the ending: rename or remove one"
-                )
-            found[key] = path
-    return found
-
-
-def _raise(error: OSError) -> None:
-    raise error  # os.walk would skip a folder that it cannot read
 
 
 def read(dataset: DataSet, index: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -276,22 +159,41 @@ def read(dataset: DataSet, index: int) -> tuple[np.ndarray, np.ndarray | None]:
     image = decode_image(item.image)
     label = None
     if item.label is not None:
-        label = decode_label(item.label, dataset.name, dataset.colors)
+        label = decode_label(item.label, dataset.name, len(dataset.classes), dataset.numbers)
     # Checked after reading, so that a change during the read is noticed.
     for path, stamp in zip(item.files, item.stamps):
-        if stamp != _stamp(path):
+        if stamp != stamp_of(path):
             raise InputError(
                 f"{quote(path)}: changed since the data set was opened: size and time "
-                f"{_stamp(path)}, expected {stamp}: stop what writes there, and start again"
+                f"{stamp_of(path)}, expected {stamp}: stop what writes there, and start again"
             )
     if label is not None and label.shape != image.shape[:2]:
         sizes = [f"{a.shape[0]}x{a.shape[1]}" for a in (label, image)]
+        turned = label.shape == image.shape[1::-1] or header(item.image)[1]
+        rotation = " as its EXIF rotation shows it" if turned else ""
         raise InputError(
             f"{quote(item.files[1])}: label of {sizes[0]} (height x width), image of {sizes[1]}; "
-            f"expected one size: make the label again for {quote(item.image)} as its EXIF rotation "
-            "shows it"
+            f"expected one size: make the label again for {quote(item.image)}{rotation}"
         )
     return image, label
+
+
+def require_classes(dataset: DataSet) -> None:
+    """InputError unless the labels hold two classes. Reads files up to the second class."""
+    seen: set[int] = set()
+    for index in range(len(dataset)):
+        _, label = read(dataset, index)
+        if label is not None:
+            seen.update(np.unique(label).tolist())
+        seen.discard(IGNORE)
+        if len(seen) > 1:
+            return
+    only = f"the class {dataset.classes[seen.pop()]!r} and " if seen else ""
+    raise InputError(
+        f"{quote(dataset.items[0].files[-1])}: this label and all others of {dataset.split} hold "
+        f"only {only}255 (ignored), nothing to tell apart; expected numbers of two or more "
+        "classes: make the labels again; write 0/255 masks as 0/1"
+    )
 
 
 # ---- augmentation
@@ -343,7 +245,8 @@ def augment(
     out[: y.size, : x.size] = _resize(image, y, x)
     ids[: y.size, : x.size] = label[np.ix_(y.nearest(), x.nearest())]
     if rng.random() < 0.5:
-        return out[:, ::-1].copy(), ids[:, ::-1].copy()
+        out = out[:, ::-1].copy()
+        ids = ids[:, ::-1].copy()
     return out, ids
 
 
@@ -360,7 +263,8 @@ class _Crop:
 
     def nearest(self) -> np.ndarray:
         """The source pixel of each pixel of the result."""
-        return (self.start + self.pixel * (np.arange(self.size) + 0.5)).astype(int)
+        middles = np.arange(self.size) + 0.5
+        return (self.start + self.pixel * middles).astype(int)
 
 
 def _draw_crop(n: int, scaled: int, crop: int, rng: np.random.Generator) -> _Crop:
@@ -376,14 +280,18 @@ def _draw_crop(n: int, scaled: int, crop: int, rng: np.random.Generator) -> _Cro
 
 def _resize(image: np.ndarray, y: _Crop, x: _Crop) -> np.ndarray:
     """The crop, bilinear (anti-aliased when shrinking), as from resizing the whole image."""
-    part = Image.fromarray(np.ascontiguousarray(image[y.low : y.high, x.low : x.high]))
+    pixels = image[y.low : y.high, x.low : x.high]
+    part = Image.fromarray(np.ascontiguousarray(pixels))
     box = (x.start - x.low, y.start - y.low, x.end - x.low, y.end - y.low)
-    return np.asarray(part.resize((x.size, y.size), Image.Resampling.BILINEAR, box))
+    crop = part.resize((x.size, y.size), Image.Resampling.BILINEAR, box)
+    return np.asarray(crop)
 
 
 def draw_jitter(rng: np.random.Generator) -> Tensor:
     """Colour factors (4,) float32: brightness, contrast, saturation 0.7..1.3, hue +-0.05 turns."""
-    return torch.from_numpy(rng.uniform((0.7, 0.7, 0.7, -0.05), (1.3, 1.3, 1.3, 0.05))).float()
+    low = (0.7, 0.7, 0.7, -0.05)
+    high = (1.3, 1.3, 1.3, 0.05)
+    return torch.from_numpy(rng.uniform(low, high)).float()
 
 
 def color_jitter(images: Tensor, factors: Tensor) -> Tensor:
@@ -391,10 +299,15 @@ def color_jitter(images: Tensor, factors: Tensor) -> Tensor:
 
     In this order: times brightness; contrast about the image's mean grey; saturation about the
     pixel's grey; hue turned about the grey axis (in YIQ). All are affine in RGB: one 3x3 matrix
-    and one offset for each image, made on the CPU, so that no GPU is waited for.
+    and one offset for each image, made on the CPU, so that no GPU is waited for. Rows and columns
+    that are all PAD are padding: they do not count in the mean, and become MEAN.
     """
+    padding = _channels(PAD, images).to(images)
+    drawn = (images != padding).any(1, keepdim=True)
+    inside = drawn.any(2, keepdim=True) & drawn.any(3, keepdim=True)  # (B, 1, H, W)
     images, device = images.float(), images.device
-    brightness, contrast, saturation, hue = factors.float().cpu().view(-1, 4, 1, 1).unbind(1)
+    factors = factors.float().cpu().view(-1, 4, 1, 1)
+    brightness, contrast, saturation, hue = factors.unbind(1)
     to_yiq = torch.tensor(
         [[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]]
     )
@@ -407,16 +320,23 @@ def color_jitter(images: Tensor, factors: Tensor) -> Tensor:
     offset = (1 - contrast) * brightness * to_yiq[0]  # (B, 1, 3), of the mean colour
     matrix = matrix.to(device, non_blocking=True)
     offset = offset.to(device, non_blocking=True)
-    # Saturation and hue leave the mean grey as it is.
-    grey = (images.mean((2, 3))[:, None] * offset).sum(2, keepdim=True)
-    return (matrix @ images.flatten(2) + grey).clamp(0, 255).view_as(images)
+    # Of two tensors, for torch divides by a number inexactly: it is 1 without padding.
+    every = torch.ones_like(inside).sum((2, 3))
+    ratio = every / inside.sum((2, 3)).clamp(min=1)
+    mean = (images * inside).mean((2, 3)) * ratio
+    grey = (mean[:, None] * offset).sum(2, keepdim=True)  # saturation and hue leave it as it is
+    result = (matrix @ images.flatten(2) + grey).clamp(0, 255).view_as(images)
+    return torch.where(inside, result, _channels(MEAN, images))
+
+
+def _channels(values: tuple[float, float, float], like: Tensor) -> Tensor:
+    pixel = torch.tensor(values).view(3, 1, 1)
+    return pixel.to(like.device, non_blocking=True)
 
 
 def normalize(images: Tensor) -> Tensor:
     """Images (B, 3, H, W), 0..255, to float32 with ImageNet's mean and deviation."""
-    mean = torch.tensor(MEAN).view(3, 1, 1).to(images.device, non_blocking=True)
-    std = torch.tensor(STD).view(3, 1, 1).to(images.device, non_blocking=True)
-    return (images.float() - mean) / std
+    return (images.float() - _channels(MEAN, images)) / _channels(STD, images)
 
 
 def base_factor(size: Sequence[int], base: int) -> float | None:
@@ -465,7 +385,8 @@ def step_items(
     epoch, k = divmod(step, n // batch)
     share = batch // world
     first = k * batch + rank * share
-    return [(epoch, int(i)) for i in order(seed, epoch, n)[first : first + share]]
+    chosen = order(seed, epoch, n)[first : first + share]
+    return [(epoch, int(i)) for i in chosen]
 
 
 def train_batches(
@@ -581,6 +502,8 @@ def _bounded(batches: Iterator[Any], seconds: int) -> Iterator[Any]:
 
 def _started(loader: DataLoader) -> Iterator[Any]:
     """iter(loader), with signals blocked. The workers inherit that until they set handlers."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        return iter(loader)
     held = signal.pthread_sigmask(signal.SIG_BLOCK, {*GROUP_SIGNALS, signal.SIGTERM})
     try:
         return iter(loader)
@@ -597,7 +520,8 @@ def _prepare_worker(worker: int) -> None:
     """
     for number in GROUP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
+    if hasattr(signal, "alarm"):  # not on Windows
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {*GROUP_SIGNALS, signal.SIGTERM})
     hook = staticmethod(lambda error, batch: os._exit(1))
     Queue._on_queue_feeder_error = hook  # type: ignore[attr-defined]  # not in typeshed
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {*GROUP_SIGNALS, signal.SIGTERM})

@@ -605,22 +605,48 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str) -> 
 
 def load_backbone(backbone: ResNet, name: str, weights: str) -> None:
     """Fill the backbone (name: resnet18 ... resnet101). weights: "imagenet", torchvision's, which
-    torch.hub downloads, hash checked; or a file of such weights (`fc` is left out) or a checkpoint
-    of train.py. ValueError if there is no such file, or if keys do not fit, with their names."""
+    torch.hub downloads, hash checked; or a file for `read_weights`. ValueError if they do not fit,
+    with the names of the keys, or with the ResNet that they are of."""
     if weights == "imagenet":
         if not isinstance(backbone.conv1, nn.Conv2d):
             raise ValueError("imagenet weights have the plain stem: give a file like resnet101s's")
         url = f"https://download.pytorch.org/models/{LAYOUTS[name][-1]}.pth"
         state = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True)
-    elif os.path.isfile(weights):  # not a pipe, which torch.load would wait for
-        state = torch.load(weights, map_location="cpu", weights_only=True)
     else:
-        raise ValueError(f"no such file: {weights}")
-    if "model" in state:
-        names = [k for k in state["model"] if k.startswith("backbone.")]
-        state = {k.removeprefix("backbone."): state["model"][k] for k in names}
+        state = read_weights(weights)
     state = {k: v for k, v in state.items() if not k.startswith("fc.")}
-    load_strict(backbone, state, f"weights {weights}")
+    found = _which_resnet(state)
+    if found not in (name, None):
+        raise ValueError(f"this is a {found}, expected a {name}")
+    load_strict(backbone, state, "the file")
+
+
+def _which_resnet(state: Mapping[str, Tensor]) -> str | None:
+    """The name of the ResNet that a state fits."""
+    for name in LAYOUTS:
+        with torch.device("meta"):
+            blank = ResNet(name, deep_stem="conv1.0.weight" in state)
+        try:
+            check_fit(blank, state, name)
+        except ValueError:
+            continue
+        return name
+    return None
+
+
+def read_weights(path: str) -> dict[str, Tensor]:
+    """The weights in a file of torchvision, train.py, mmsegmentation or Lightning; of the backbone
+    alone if the file names one. ValueError if there are none."""
+    if not os.path.isfile(path):  # a pipe, for which torch.load would wait, is none
+        raise ValueError("no such file")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("model", state.get("state_dict", state))
+        state = {k.removeprefix("module."): v for k, v in state.items() if isinstance(v, Tensor)}
+    except Exception as e:  # what is no checkpoint can fail anywhere
+        raise ValueError(f"not a file of weights ({type(e).__name__})") from None
+    inner = {k: v for k, v in state.items() if k.startswith("backbone.")}
+    return {k.removeprefix("backbone."): v for k, v in (inner or state).items()}
 
 
 def from_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

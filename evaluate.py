@@ -2,6 +2,7 @@
 
     python evaluate.py runs/cityscapes/best.pt         # the rest is in the checkpoint
     python evaluate.py best.pt --crop 768 --json       # sliding windows; one JSON object last
+    python evaluate.py best.pt --all --images images.csv --confusion confusion.png
     torchrun --nproc-per-node 8 evaluate.py best.pt --scales 0.75 1 1.25 --flip
 
 The result does not depend on the number of ranks, bit for bit. Training calls `evaluate` of this
@@ -9,11 +10,13 @@ file, so both report the same mIoU. A *window* (--crop) overlaps others, and the
 averaged. A *tile* is a part of a large image, and only its middle is kept.
 """
 
+import argparse
 import json
 import math
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from itertools import pairwise, product
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -23,71 +26,26 @@ from torch import Tensor, nn
 
 import dnl
 from checkpoint import base_of, load_network, open_like
-from data import IGNORE, DataSet, base_factor, eval_images, normalize, resize_smooth, scaled
+from data import DataSet, base_factor, eval_images, normalize, resize_smooth, scaled
+from metrics import TITLES, class_counts, class_scores, confusion, image_table, iou_table, scores
+from pictures import confusion_picture
+from ranks import autocast, choose_amp, distributed, fail_on_all_ranks
 from runtime import (
     AMP,
     FLAGS,
     InputError,
     Parser,
-    choose_amp,
     counted,
-    distributed,
-    fail_on_all_ranks,
     parse_flags,
     print_progress,
     quote,
     run_script,
+    write_result,
 )
 
 SIDE = 2048  # of a tile, in pixels, for up to 64 classes
 NARROW = 17  # below it, a convolution of stride 2 sees a side of 1 or 2
 NOT_FINITE = "the network's output is not finite: try --amp off, or train again with a lower --lr"
-
-# ---- metrics
-
-
-def confusion(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
-    """(n, n) int64 counts of pixels: row the true class, column the predicted one.
-
-    prediction and label: (H, W). Pixels of label 255 are left out.
-    """
-    known = label != IGNORE
-    pairs = label[known].long() * num_classes + prediction[known].long()
-    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
-
-
-def scores(matrix: Tensor) -> dict[str, Any]:
-    """{'miou', 'accuracy', 'iou'} in 0..1 of a confusion matrix.
-
-    A class that is neither true nor predicted anywhere has IoU None and is left out of the mean.
-    Without any labelled pixel miou and accuracy are None.
-    """
-    m = matrix.cpu().numpy().astype(np.int64)
-    hits = m.diagonal()
-    unions = m.sum(0) + m.sum(1) - hits
-    iou = [_ratio(hit, union) for hit, union in zip(hits, unions)]
-    known = [x for x in iou if x is not None]
-    miou = _ratio(sum(known), len(known))
-    return {"miou": miou, "accuracy": _ratio(hits.sum(), m.sum()), "iou": iou}
-
-
-def _ratio(part: float, whole: float) -> float | None:
-    return float(part) / float(whole) if whole else None
-
-
-def iou_table(result: dict[str, Any], classes: Sequence[str]) -> str:
-    """The scores for people: a line a class, then mIoU and pixel accuracy, in percent."""
-    rows = [*zip(classes, result["iou"])]
-    rows += [("mIoU", result["miou"]), ("pixel accuracy", result["accuracy"])]
-    width = max(len(name) for name, _ in rows)
-    lines = [f"{'class':<{width}}  {'IoU %':>6}"]
-    for name, value in rows:
-        percent = "-" if value is None else f"{100 * value:.2f}"
-        lines.append(f"{name:<{width}}  {percent:>6}")
-    if None in result["iou"]:
-        lines.append("- neither in the labels nor predicted: not in the mean")
-    return "\n".join(lines)
-
 
 # ---- prediction
 
@@ -109,7 +67,7 @@ def _views(net: nn.Module, x: Tensor, flip: bool, amp: torch.dtype | None) -> Te
         return (plain + mirrored.flip(3)) / 2
     if x.device.type == "cpu" and min(x.shape[2:]) < NARROW:
         amp = None  # oneDNN's bf16 convolutions read memory that nobody wrote
-    with torch.autocast(x.device.type, amp or torch.bfloat16, enabled=amp is not None):
+    with autocast(x.device, amp):
         logits = net(x)
     return logits.float().softmax(1)
 
@@ -270,15 +228,15 @@ def evaluate(
     world: int = 1,
     workers: int = 0,
     base: int = 0,
-    progress: Callable[[int, int], None] = lambda done, n: None,
+    each: Callable[[int, Tensor], None] = lambda index, matrix: None,
     **options: Any,
 ) -> Tensor:
     """The confusion matrix (n, n) of a labelled data set, int64 on the CPU, summed over all ranks.
 
     Rank r takes the images r, r + world, ... base: of `base_factor`. options: as of `predict`.
-    progress(done, images) is called after each image. The network stays in eval mode. InputError,
-    on every rank, for a split without ground truth, an unusable file, or an output that is not
-    finite.
+    each(index, matrix) is called after each image of this rank, with its own confusion matrix, on
+    the device. The network stays in eval mode. InputError on every rank: no ground truth, an
+    unusable file, or an output that is not finite.
     """
     if not dataset.labelled:
         raise InputError(
@@ -298,31 +256,59 @@ def evaluate(
             p = predict(net, image, factor=base_factor(size, base), **options)
             ids, top = top_class(p, size)
             finite[index] = top.isfinite().all()
-            matrix += confusion(ids, label.to(device, non_blocking=True), n)
-            progress(index + 1, len(dataset))
+            one = confusion(ids, label.to(device, non_blocking=True), n)
+            matrix += one
+            each(index, one)
         for index, is_finite in finite.items():  # after the loop, in which no GPU is waited for
             if not is_finite:
                 raise InputError(f"{quote(dataset.items[index].image)}: {NOT_FINITE}")
-    matrix = matrix.cpu()
+    return all_ranks(matrix, world)
+
+
+def all_ranks(counts: Tensor, world: int) -> Tensor:
+    """The counts, int64, summed over the ranks, on the CPU."""
+    counts = counts.cpu()
     if world > 1:
-        dist.all_reduce(matrix)
-    return matrix
+        dist.all_reduce(counts)
+    return counts
+
+
+# ---- the command
+
+
+def parse_scoring(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments. InputError for values out of range."""
+    parser = Parser(description="mIoU of a checkpoint")
+    add = parser.add_argument
+    add("checkpoint")
+    add("--all", action="store_true", help="also precision, recall and Dice in the table")
+    images = "also a table of the images, the lowest mIoU first"
+    add("--images", type=Path, metavar="FILE.csv", help=images)
+    picture = "also a picture of which classes are taken for which"
+    add("--confusion", type=Path, metavar="FILE.png", help=picture)
+    args = parse_flags(parser, argv, *FLAGS)
+    for path, ending in (args.images, ".csv"), (args.confusion, ".png"):
+        if path and path.suffix.lower() != ending:
+            raise InputError(f"{quote(path)}: expected the name of a {ending} file")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluate; rank 0 prints the table. Returns the exit status."""
-    parser = Parser(description="mIoU of a checkpoint")
-    parser.add_argument("checkpoint")
-    args = parse_flags(parser, argv, *FLAGS)
-    with distributed(timedelta(days=1)) as (rank, world, device):  # for the slowest rank
+    """Evaluate; rank 0 prints the table and writes the files. Returns the exit status."""
+    args = parse_scoring(argv)
+    day = timedelta(days=1)  # for the slowest rank
+    with distributed(args.device, day) as (rank, world, device):
         net, checkpoint = load_network(args.checkpoint, device, args.context)
         dataset = open_like(checkpoint, args.data, args.root, args.split, args.checkpoint)
         amp = choose_amp(args.amp or checkpoint["amp"], device)
         base = base_of(checkpoint, args.base)
+        n = len(dataset)
+        counts = torch.zeros(n, 3, len(dataset.classes), dtype=torch.int64, device=device)
 
-        def show(done: int, n: int) -> None:
+        def note(index: int, matrix: Tensor) -> None:
+            counts[index] = class_counts(matrix)
             if rank == 0:
-                print_progress(f"{done}/{n} images")
+                print_progress(f"{index + 1}/{n} images")
 
         views = {"scales": args.scales, "flip": args.flip, "crop": args.crop, "amp": AMP[amp]}
         matrix = evaluate(
@@ -333,19 +319,46 @@ def main(argv: Sequence[str] | None = None) -> int:
             world=world,
             workers=args.workers,
             base=base,
-            progress=show,
+            each=note,
             **views,
         )
-    result = scores(matrix)
+        counts = all_ranks(counts, world)
     if rank == 0:
-        print_progress(f"{counted(len(dataset), 'image')} scored", last=True)
-        print(iou_table(result, dataset.classes))
-        if args.json:
-            result["iou"] = dict(zip(dataset.classes, result["iou"]))
-            result |= {"images": len(dataset), "split": args.split, "amp": amp, "base": base}
-            result["confusion"] = matrix.tolist()
-            print(json.dumps(result))
+        print_progress(f"{counted(n, 'image')} scored", last=True)
+        facts = {"images": n, "split": args.split, "amp": amp, "base": base}
+        report(args, dataset, matrix, counts, facts)
     return 0
+
+
+def report(
+    args: argparse.Namespace,
+    dataset: DataSet,
+    matrix: Tensor,
+    counts: Tensor,
+    facts: dict[str, Any],
+) -> None:
+    """Print the scores, then write the files that the flags ask for.
+
+    matrix: of the data set. counts: `metrics.class_counts` of each image. facts: what else --json
+    has.
+    """
+    classes = dataset.classes
+    result = scores(matrix) | class_scores(class_counts(matrix))
+    columns = list(TITLES) if args.all else ["iou"]
+    print(iou_table(result, classes, columns))
+    if args.json:
+        for name in TITLES:
+            result[name] = dict(zip(classes, result[name]))
+        result |= facts
+        result["confusion"] = matrix.tolist()
+        print(json.dumps(result))
+    if args.images:
+        table = image_table([item.image for item in dataset.items], classes, counts)
+        content = table.encode("utf-8", "surrogateescape")  # a file's name may be no UTF-8
+        write_result(args.images, lambda f: f.write(content))
+    if args.confusion:
+        picture = confusion_picture(matrix.numpy(), classes)
+        write_result(args.confusion, lambda f: picture.save(f, "PNG"))
 
 
 if __name__ == "__main__":

@@ -13,13 +13,15 @@ def network(
     preset: str = "paper",
     backbone: str = "resnet101",
     weights: str = "none",
+    channels: int = 512,
 ) -> dnl.Network:
     """A whole network, in training mode: `dnl.Network` says what goes in and comes out.
     preset: paper or released. backbone: resnet18, resnet34, resnet50, resnet101. weights, of the
-    backbone: none (random), imagenet (torchvision's, downloaded), a file. ValueError for others."""
+    backbone: none (random), imagenet (downloaded), a file. channels: of F. ValueError if wrong."""
     if preset not in dnl.PRESETS:
         raise ValueError(f"preset {preset!r}: expected paper or released")
-    net = dnl.build(_replace(dnl.PRESETS[preset], num_classes=num_classes, backbone=backbone))
+    config = _replace(dnl.PRESETS[preset], num_classes=num_classes, backbone=backbone)
+    net = dnl.build(_replace(config, channels=channels))
     if weights != "none":
         dnl.load_backbone(net.backbone, backbone, weights)
     return net

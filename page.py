@@ -51,7 +51,7 @@ def attention_html(
     layers = {"predicted": ids}
     against = "the predicted classes, since no label was given"
     if label is not None:
-        layers["true"] = decode_label(label, checkpoint["data"], checkpoint["colors"])
+        layers["true"] = decode_label(label, checkpoint["data"], len(checkpoint["classes"]), {})
         H, W = layers["true"].shape
         if ids.shape != (H, W):
             expected = f"{ids.shape[1]}x{ids.shape[0]} as the image has"

@@ -18,7 +18,8 @@ HEAT = (  # even steps of CIE lightness (L* 15 35 55 75 95) look like even steps
     (249, 244, 166),
 )
 GAP = 6  # between the pictures of a sheet, in pixels
-LINE = 22  # height of a line of text, in pixels
+LAYER = 0.35  # how much of an overlay's colour is the class's
+SHARES = ("0 %", "6 %", "25 %", "56 %", "100 %")  # whose square roots have the colours HEAT
 
 
 def colorize(ids: np.ndarray, colors: Colors) -> Picture:
@@ -38,6 +39,16 @@ def load_font(size: int) -> Font:
         except OSError:
             continue
     return ImageFont.load_default(size)
+
+
+def text_size(width: int) -> int:
+    """The size of letters that are legible when a picture this wide is shown 1000 pixels wide."""
+    return max(14, round(14 * width / 1000))
+
+
+def line_height(size: int) -> int:
+    """The height of a line of letters of this size, in pixels."""
+    return round(1.6 * size)
 
 
 def shorten(text: str, font: Font, width: float) -> str:
@@ -66,72 +77,219 @@ def sheet(
     classes: Sequence[str],
     colors: Colors,
     width: int = 320,
+    note: str = "",
 ) -> Picture:
-    """Rows of pictures, each `width` wide, under titles; below them a legend of the classes."""
-    font = load_font(14)
+    """Rows of pictures, each `width` wide, under titles; below them a legend of the classes, and
+    the note in a line of its own.
+    """
     across = GAP + len(titles) * (width + GAP)
+    size = text_size(across)
+    font = load_font(size)
+    line = line_height(size)
     lefts = range(GAP, across, width + GAP)
     resized = []
-    height = LINE
+    height = line
     for row in rows:
         pictures = [resize_to_width(picture, width) for picture in row]
         resized.append(pictures)
         height += pictures[0].height + GAP
-    legend = draw_legend(classes, colors, across - GAP, max(width, 200))
-    height += legend.height + GAP
+    legend = draw_legend(classes, colors, across - GAP, max(width, 14 * size), size)
+    end = height + legend.height + GAP
+    height = end
+    if note:
+        height += line
     out = Image.new("RGB", (across, height), "white")
     draw = ImageDraw.Draw(out)
     for x, title in zip(lefts, titles):
         title = shorten(title, font, width)
         draw.text((x, 3), title, "black", font)
-    y = LINE
+    y = line
     for pictures in resized:
         for x, picture in zip(lefts, pictures):
             out.paste(picture, (x, y))
         y += pictures[0].height + GAP
     out.paste(legend, (GAP, y))
+    note = shorten(note, font, across - 2 * GAP)
+    draw.text((GAP, end), note, "black", font)
     return out
 
 
-def draw_legend(classes: Sequence[str], colors: Colors, width: int, widest: int) -> Picture:
-    """Each class with its colour, in columns of at most `widest` pixels."""
-    font = load_font(14)
+def draw_legend(
+    classes: Sequence[str], colors: Colors, width: int, widest: int, size: int = 14
+) -> Picture:
+    """Each class with its colour, in columns of at most `widest` pixels. size: of the letters."""
+    font = load_font(size)
+    line = line_height(size)
     longest = int(max(map(font.getlength, classes)))
-    column = min(longest + 40, widest)
+    column = min(longest + 3 * size, widest)
     per_line = max(1, width // column)
     lines = math.ceil(len(classes) / per_line)
-    out = Image.new("RGB", (width, lines * LINE), "white")
+    out = Image.new("RGB", (width, lines * line), "white")
     draw = ImageDraw.Draw(out)
     for i, name in enumerate(classes):
-        line, place = divmod(i, per_line)
+        row, place = divmod(i, per_line)
         x = place * column
-        y = line * LINE
-        box = (x, y + 2, x + 16, y + 16)
+        y = row * line
+        box = (x, y + 2, x + size + 2, y + size + 2)
         draw.rectangle(box, tuple(colors[i]), "black")
-        name = shorten(name, font, column - 28)
-        draw.text((x + 22, y), name, "black", font)
+        name = shorten(name, font, column - 2 * size)
+        draw.text((x + 1.6 * size, y), name, "black", font)
     return out
+
+
+def with_ignored(
+    classes: Sequence[str], colors: Colors, masks: Sequence[np.ndarray]
+) -> tuple[Sequence[str], Colors]:
+    """Classes and colours of a legend: black too, if one of the masks shows ignored pixels."""
+    if any((mask == 255).any() for mask in masks):
+        return [*classes, "(ignored)"], [*colors, (0, 0, 0)]
+    return classes, colors
 
 
 def overlay(
-    image: np.ndarray, title: str, ids: np.ndarray, classes: Sequence[str], colors: Colors
+    image: np.ndarray,
+    title: str,
+    ids: np.ndarray,
+    classes: Sequence[str],
+    colors: Colors,
+    confidence: np.ndarray | None = None,
 ) -> Picture:
-    """An image (H, W, 3) uint8, half covered by the colours of its class ids (H, W) uint8.
+    """An image (H, W, 3) uint8 under a thin layer of the colours of its class ids (H, W) uint8.
 
-    At most 2048 pixels wide and high, with a title and a legend of the classes that occur.
+    The borders of the classes have their full colour, so that the layer can be thin. confidence:
+    (H, W) uint8, shown below, over its scale. At most 2048 pixels wide and high, with a title and a
+    legend of the classes that occur.
     """
     photo = Image.fromarray(image)
     photo.thumbnail((2048, 2048), Resampling.BILINEAR)
     mask = colorize(ids, colors)
     mask = mask.resize(photo.size, Resampling.NEAREST)
+    border = Image.fromarray(borders(np.asarray(mask)))
     mask = mask.convert("RGB")
+    mixed = Image.blend(photo, mask, LAYER)
+    mixed.paste(mask, mask=border)
     width = max(320, photo.width)  # room for the title and the legend
     padded = Image.new("RGB", (width, photo.height), "white")
-    padded.paste(Image.blend(photo, mask, 0.5))
+    padded.paste(mixed)
+    rows = [[padded]]
+    if confidence is not None:
+        grey = Image.fromarray(confidence).resize(photo.size, Resampling.BILINEAR)
+        rows.append([over_scale(grey, width)])
     present = np.unique(ids).tolist()
     classes = [classes[i] for i in present]
     colors = [colors[i] for i in present]
-    return sheet([[padded]], [title], classes, colors, width)
+    return sheet(rows, [title], classes, colors, width)
+
+
+def borders(ids: np.ndarray) -> np.ndarray:
+    """(H, W) bool: whether a pixel's neighbour, at a side, above or below, has another class."""
+    out = np.zeros(ids.shape, bool)
+    down = ids[1:] != ids[:-1]
+    across = ids[:, 1:] != ids[:, :-1]
+    out[1:] |= down
+    out[:-1] |= down
+    out[:, 1:] |= across
+    out[:, :-1] |= across
+    return out
+
+
+def over_scale(grey: Picture, width: int) -> Picture:
+    """A grey picture of probabilities on a white one, above a bar from black, 0, to white, 1."""
+    size = text_size(width)
+    font = load_font(size)
+    out = Image.new("RGB", (width, grey.height + line_height(size)), "white")
+    out.paste(grey)
+    draw = ImageDraw.Draw(out)
+    text = "probability of the class: 0"
+    left = round(font.getlength(text)) + size // 2
+    right = left + 8 * size
+    bar = Image.linear_gradient("L").rotate(90)  # black at the left
+    bar = bar.resize((right - left, size))
+    y = grey.height + 1
+    box = (left, y + 3, right, y + 3 + size)
+    out.paste(bar, box[:2])
+    draw.rectangle(box, outline="black")
+    draw.text((0, y), text, "black", font)
+    draw.text((right + size // 2, y), "1", "black", font)
+    return out
+
+
+def confusion_picture(matrix: np.ndarray, classes: Sequence[str]) -> Picture:
+    """A confusion matrix (n, n): a row for each true class, a column for each predicted one.
+
+    A cell's colour is its share of the row's pixels. Its number is the same in percent, if there is
+    room. The row of a class without pixels is white.
+    """
+    n = len(classes)
+    side = max(14, min(56, 900 // n))  # of a cell
+    font = load_font(min(14, side - 2))
+    longest = math.ceil(max(map(font.getlength, classes)))
+    margin = min(longest, 240) + 2 * GAP
+    left = draw_names(classes, side, font, margin, "rm")
+    right = draw_names(classes, side, font, margin, "lm")
+    top = right.rotate(90, expand=True)
+    bottom = left.rotate(90, expand=True)
+    far = margin + n * side
+    whole = far + margin
+    width = max(whole, 600)  # room for the title
+    out = Image.new("RGB", (width, whole), "white")
+    cells = confusion_cells(matrix, side, font)
+    out.paste(cells, (margin, margin))
+    out.paste(left, (0, margin))
+    out.paste(right, (far, margin))
+    out.paste(top, (margin, 0))
+    out.paste(bottom, (margin, far))
+    title = "rows: true class; columns: predicted class; colour: share of the true class's pixels"
+    return sheet([[out]], [title], SHARES, HEAT, width)
+
+
+def draw_names(classes: Sequence[str], side: int, font: Font, width: int, anchor: str) -> Picture:
+    """Names below each other, every `side` pixels, in a picture `width` wide.
+
+    anchor: "lm" at its left, "rm" at its right.
+    """
+    out = Image.new("RGB", (width, len(classes) * side), "white")
+    draw = ImageDraw.Draw(out)
+    x = GAP
+    if anchor == "rm":
+        x = width - GAP
+    y = side / 2
+    for name in classes:
+        name = shorten(name, font, width - 2 * GAP)
+        draw.text((x, y), name, "black", font, anchor)
+        y += side
+    return out
+
+
+def confusion_cells(matrix: np.ndarray, side: int, font: Font) -> Picture:
+    """The coloured cells of `confusion_picture`, each `side` pixels wide and high."""
+    n = len(matrix)
+    total = matrix.sum(1, keepdims=True)
+    share = matrix / np.maximum(total, 1)
+    colors = heat(np.sqrt(share))
+    absent = total[:, 0] == 0
+    colors[absent] = 255
+    out = Image.fromarray(colors)
+    out = out.resize((n * side, n * side), Resampling.NEAREST)
+    draw = ImageDraw.Draw(out)
+    for i in range(1, n):
+        at, end = i * side, n * side
+        color = "dimgray"
+        if n > 30 and i % 10 == 0:
+            color = "white"  # leads the eye to the names
+        draw.line((0, at, end, at), color)
+        draw.line((at, 0, at, end), color)
+    if side < 32:
+        return out
+    for i, j in np.argwhere(matrix):
+        ink = "white"
+        if share[i, j] > 0.3:
+            ink = "black"
+        x = (j + 0.5) * side
+        y = (i + 0.5) * side
+        percent = f"{100 * share[i, j]:.0f}"
+        draw.text((x, y), percent, ink, font, "mm")
+    return out
 
 
 def heat(x: np.ndarray) -> np.ndarray:
@@ -143,12 +301,16 @@ def heat(x: np.ndarray) -> np.ndarray:
     return colors.round().astype(np.uint8)
 
 
-def mark_pixel(image: Picture, at: tuple[float, float], caption: str) -> Picture:
-    """A copy with a green cross, edged in black, at (x, y), and the caption below."""
-    font = load_font(14)
+def mark_pixel(image: Picture, at: tuple[float, float], caption: str, letters: int = 14) -> Picture:
+    """A copy with a green cross, edged in black, at (x, y), and the caption below.
+
+    letters: size of the caption's letters.
+    """
+    font = load_font(letters)
     x, y = at
     width, height = image.size
-    size = (width, height + 20)
+    below = line_height(letters)
+    size = (width, height + below)
     out = Image.new("RGB", size, "white")
     out.paste(image)
     draw = ImageDraw.Draw(out)

@@ -7,7 +7,9 @@
 
 NAME is the image's name relative to the given folder. Masks have the size of the upright image
 (EXIF). A large image is computed tile by tile, so its probabilities need at most 1 GiB. Each image
-is computed alone, so a mask does not depend on the other files. A file that cannot be read is named
+is computed alone, so a mask does not depend on the other files. NAME_confidence.png holds the
+probability of the predicted class as grey, 0 to 255, and nothing else; with it the overlay shows
+the same above a scale. A file that cannot be read is named
 on standard error, the others are still computed, and the exit status is 1.
 """
 
@@ -39,25 +41,24 @@ from attention import (
 )
 from checkpoint import base_of, load_network
 from classes import ADE20K, CITYSCAPES
-from data import IMAGE_ENDINGS, base_factor, eval_items
+from data import base_factor, eval_items
 from decode import decode_image
 from evaluate import predict_ids, tile_side, tiles
+from files import IMAGE_ENDINGS, is_data, list_names
 from page import attention_html
 from pictures import colorize, overlay
+from ranks import choose_amp, distributed, sum_over_ranks
 from runtime import (
     AMP,
     InputError,
     Parser,
-    choose_amp,
     counted,
-    distributed,
     failure_line,
     parse_flags,
     print_line,
     print_progress,
     quote,
     run_script,
-    sum_over_ranks,
     write_result,
 )
 
@@ -74,8 +75,8 @@ Results = Iterator[tuple[str, Save]]  # ending of the file's name, its content
 def find_images(inputs: Sequence[str | Path], out: Path) -> tuple[Found, list[Path]]:
     """The images, and the other files of the given folders.
 
-    Folders are searched to the bottom, but not hidden ones, linked ones and `out`. InputError if
-    an input is missing or there is no image.
+    Folders are searched to the bottom, but not linked ones, `out` and what is no data (see
+    files.is_data). InputError if an input is missing or is `out`, or there is no image.
     """
 
     def unreadable(error: OSError) -> None:
@@ -90,10 +91,15 @@ def find_images(inputs: Sequence[str | Path], out: Path) -> tuple[Found, list[Pa
         if not given.is_dir():
             found.append((given, given.stem))
             continue
+        if os.path.realpath(given) == top:
+            raise InputError(
+                f"--out {quote(out)}: is the folder of the images, so the next run would take the "
+                "results for images: name another folder"
+            )
         for here, folders, files in os.walk(given, onerror=unreadable):
-            folders[:] = sorted(f for f in folders if not f.startswith("."))
+            folders[:] = sorted(filter(is_data, folders))
             folders[:] = [f for f in folders if os.path.realpath(Path(here, f)) != top]
-            for file in sorted(f for f in files if not f.startswith(".")):
+            for file in sorted(filter(is_data, files)):
                 path = Path(here, file)
                 if file.lower().endswith(IMAGE_ENDINGS):
                     name = path.relative_to(given).with_suffix("")
@@ -158,12 +164,6 @@ def check_server(out: Path, names: Sequence[str]) -> None:
         print_line(line, error=True)
 
 
-def list_names(names: Sequence[Path | str]) -> str:
-    """The first 20 names, for a message."""
-    text = ", ".join(map(quote, names[:20]))
-    return f"{text} and {len(names) - 20} more" if len(names) > 20 else text
-
-
 @dataclass(frozen=True)
 class _Images(Dataset):
     """index -> (index, image (H, W, 3) uint8, or the error that tells why there is none)."""
@@ -180,7 +180,7 @@ class _Images(Dataset):
 # ---- results
 
 
-def attention_page(
+def pixel_sheet(
     net: dnl.Network,
     image: Tensor,
     pixel: Pixel,
@@ -250,7 +250,9 @@ def results(
         yield ".png", png(Image.fromarray(ids + np.uint8(1)))
         return
     yield ".png", png(colorize(ids, colors))
-    yield "_overlay.png", png(overlay(image.numpy(), quote(path.name), ids, classes, colors))
+    shown = confidence if args.confidence else None
+    drawn = overlay(image.numpy(), quote(path.name), ids, classes, colors, shown)
+    yield "_overlay.png", png(drawn)
     if args.confidence:
         yield "_confidence.png", png(Image.fromarray(confidence))
     if args.page:
@@ -262,7 +264,7 @@ def results(
         column, row = args.attention
         require_pixel(args.attention, ids.shape[1], ids.shape[0], path)
         caption = f"{column},{row} {classes[ids[row, column]]}"
-        sheet = attention_page(net, x, args.attention, caption, **where)
+        sheet = pixel_sheet(net, x, args.attention, caption, **where)
         yield "_attention.png", png(sheet)
 
 
@@ -291,14 +293,15 @@ def parse_prediction(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, default=out, help=f"folder of the results (default: {out})")
     formats = "palette masks with overlays, or only the files of a test server (default: masks)"
     add("--format", choices=["masks", *SERVER_CLASSES], default="masks", help=formats)
-    confidence = "also the probability of the predicted class, white is 1"
+    confidence = "also the probability of the predicted class: grey, 0 is 0 and 255 is 1"
     add("--confidence", action="store_true", help=confidence)
     add("--attention", metavar="X,Y", type=pixel_of, help="also the attention maps of this pixel")
     page = "also a page of the maps of any pixel; an image above 1024x2048 pixels is reduced"
     add("--page", action="store_true", help=page)
     label = "with --page and one image: its label file, to measure the attention noise against"
     add("--label", type=Path, metavar="FILE", help=label)
-    args = parse_flags(parser, argv, "scales", "base", "flip", "crop", "amp", "context", "workers")
+    flags = ("scales", "base", "flip", "crop", "amp", "context", "workers", "device")
+    args = parse_flags(parser, argv, *flags)
     if args.format != "masks" and (args.confidence or args.attention or args.page):
         raise InputError(f"--format {args.format}: leave out --confidence, --attention and --page")
     one = len(args.images) == 1 and not Path(args.images[0]).is_dir()
@@ -321,15 +324,20 @@ def predict_all(
     )
     for index, image in loader:
         path, name = found[index]
+        written = 0
         try:
             if isinstance(image, Exception):
                 raise image
             for ending, save in make(image, path):
                 write_result(args.out / (name + ending), save)
+                written += 1
             done += 1
         except (ValueError, OSError, SystemError, RuntimeError, MemoryError) as e:
             failed += 1  # this image; the others are still computed
-            print_line(image_failure(e, path), error=True)
+            line = image_failure(e, path)
+            if written:
+                line += f" ({written} of its {len(result_endings(args))} files were written)"
+            print_line(line, error=True)
         if rank == 0:
             rate = (done + failed) * world / (time.monotonic() - start)
             print_progress(f"{index + 1}/{len(found)} images, {rate:.2f} images/s")
@@ -350,7 +358,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.format == "cityscapes":
         found = server_names(found)
     check_targets(found, args.out, result_endings(args))
-    with distributed(timedelta(days=1)) as (rank, world, device):  # for the slowest rank
+    with distributed(args.device, timedelta(days=1)) as (
+        rank,
+        world,
+        device,
+    ):  # for the slowest rank
         net, checkpoint = load_network(args.checkpoint, device, args.context)
         classes = tuple(checkpoint["classes"])
         if classes != SERVER_CLASSES.get(args.format, classes):

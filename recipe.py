@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 import dnl
-from data import IGNORE, DataSet
+from classes import IGNORE
+from data import DataSet
 from runtime import AMP, InputError, Parser, import_factory, quote, regular_file
 
 # ---- settings
@@ -53,12 +54,14 @@ SETTINGS = {  # cityscapes and ade20k: Section IV-A of the paper
 
 # ---- flags
 
-# These flags do not change the result.
-OPERATIONAL = "root out resume workers log_every save_every recompute compile cache tensorboard"
+# A run may go on with other values of these.
+OPERATIONAL = (
+    "root out resume workers log_every save_every recompute compile cache tensorboard device"
+)
 POSITIVE = "crop batch accumulate epochs channels log_every eval_every"
 NOT_NEGATIVE = (
-    "lr weight_decay power momentum aux_weight coarse_weight seed clip warmup backbone_lr workers "
-    "save_every"
+    "lr weight_decay power momentum aux_weight coarse_weight seed clip warmup backbone_lr "
+    "workers save_every"
 )
 MOST = {"crop": 8192, "channels": 8192, "seed": 2**63 - 1}  # 10**9 for the others
 
@@ -66,14 +69,15 @@ MOST = {"crop": 8192, "channels": 8192, "seed": 2**63 - 1}  # 10**9 for the othe
 def training_parser() -> Parser:
     """The flags of train.py."""
     p = Parser(
-        description="Train Denoised Non-Local. Defaults are in brackets. Flags marked * default to "
-        "the settings for --data: the paper's for cityscapes and ade20k."
+        description="Train Denoised Non-Local. Defaults are in brackets. Flags marked * default "
+        "to the settings for --data: the paper's for cityscapes and ade20k."
     )
     p.add_argument("--data", choices=list(SETTINGS), default="synthetic", help="(%(default)s)")
     p.add_argument("--root", help="folder of the data set")
     p.add_argument("--cache", metavar="DIR", help="keep a decoded copy there, for speed")
     p.add_argument("--split", choices=["train", "trainval"], default="train", help="(%(default)s)")
     p.add_argument("--out", help="folder of the run (runs/DATA)")
+    p.add_argument("--init", metavar="FILE", help="checkpoint whose network to start from")
     p.add_argument(
         "--resume",
         default="auto",
@@ -84,17 +88,18 @@ def training_parser() -> Parser:
     optimisation_flags(p)
     extra_flags(p)
     g = p.add_argument_group("machine")
-    g.add_argument("--workers", type=int, default=2, help="reading processes a rank (%(default)s)")
+    g.add_argument("--workers", type=int, default=2, help="readers of a rank (%(default)s)")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda[:N], mps (%(default)s)")
     g.add_argument("--compile", action="store_true", help="torch.compile the network")
     g.add_argument(
-        "--recompute", action="store_true", help="less memory, slower: activations twice"
+        "--recompute", action="store_true", help="compute activations twice: less memory, slower"
     )
     g.add_argument("--tensorboard", action="store_true", help="write TensorBoard's files")
     g.add_argument("--log-every", type=int, default=20, metavar="STEPS", help="(%(default)s)")
     g.add_argument(
         "--eval-every", type=int, default=1, metavar="EPOCHS", help="validate (%(default)s)"
     )
-    g.add_argument("--save-every", type=int, default=0, metavar="STEPS", help="also between epochs")
+    g.add_argument("--save-every", type=int, default=0, metavar="STEPS", help="between epochs")
     return p
 
 
@@ -104,7 +109,7 @@ def network_flags(p: Parser) -> None:
     g.add_argument("--preset", choices=list(dnl.PRESETS), default="paper", help="(%(default)s)")
     g.add_argument("--backbone", choices=list(dnl.LAYOUTS), help="*")
     g.add_argument("--channels", type=int, help="* of F")
-    g.add_argument("--context", default="dnl", help="dnl, nl, none, MODULE:FACTORY (%(default)s)")
+    g.add_argument("--context", default="dnl", help="dnl, nl, none, MODULE:NAME (%(default)s)")
     g.add_argument("--no-gr", action="store_true", help="without Global Rectifying")
     g.add_argument("--no-lr", action="store_true", help="without Local Retention")
     g.add_argument(
@@ -123,12 +128,12 @@ def optimisation_flags(p: Parser) -> None:
     g.add_argument("--epochs", type=int, help="*")
     g.add_argument("--lr", type=float, help="*")
     g.add_argument("--weight-decay", type=float, help="*")
-    g.add_argument("--scale", type=float, nargs=2, metavar=("MIN", "MAX"), help="* random scale")
+    g.add_argument("--scale", type=float, nargs=2, metavar=("MIN", "MAX"), help="* its range")
     g.add_argument("--accumulate", type=int, default=1, help="parts of a batch (%(default)s)")
-    g.add_argument("--power", type=float, default=0.9, help="of the poly schedule (%(default)s)")
+    g.add_argument("--power", type=float, default=0.9, help="of the schedule (%(default)s)")
     g.add_argument("--momentum", type=float, default=0.9, help="(%(default)s)")
     g.add_argument(
-        "--aux-weight", type=float, default=1.0, help="lambda_1 = lambda_2 of eq. 5 (%(default)s)"
+        "--aux-weight", type=float, default=1.0, help="lambda_1, lambda_2 of eq. 5 (%(default)s)"
     )
     g.add_argument(
         "--coarse-weight",
@@ -137,7 +142,7 @@ def optimisation_flags(p: Parser) -> None:
         help="of a loss on P, not in eq. 5 (%(default)s)",
     )
     g.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    g.add_argument("--amp", choices=["auto", *AMP], default="auto", help="precision (%(default)s)")
+    g.add_argument("--amp", choices=["auto", *AMP], default="auto", help="(%(default)s)")
     g.add_argument("--deterministic", action="store_true", help="the same bits twice; slower")
 
 
@@ -150,8 +155,8 @@ def extra_flags(p: Parser) -> None:
         "--ema", type=float, default=0.0, metavar="DECAY", help="averaged weights, ema.pt"
     )
     g.add_argument("--clip", type=float, default=0.0, metavar="NORM", help="of the gradient")
-    g.add_argument("--warmup", type=int, default=0, metavar="STEPS", help="the rate rises linearly")
-    g.add_argument("--backbone-lr", type=float, default=1.0, metavar="FACTOR", help="(%(default)s)")
+    g.add_argument("--warmup", type=int, default=0, metavar="STEPS", help="of the rate")
+    g.add_argument("--backbone-lr", type=float, default=1.0, metavar="FACTOR", help="(1.0)")
     g.add_argument("--freeze-bn", action="store_true", help="keep the backbone's statistics")
 
 
@@ -162,9 +167,9 @@ def parse_training(argv: Sequence[str] | None, world: int) -> argparse.Namespace
     if args.data == "cityscapes" and args.split == "trainval":
         settings["epochs"] *= 2  # 480 for the test set (Section IV-A)
     for name, value in settings.items():
-        if getattr(args, name, value) is None:
+        if getattr(args, name) is None:
             setattr(args, name, value)
-    args.scale = list(args.scale)  # as the flag gives it
+    args.scale = list(args.scale)  # as argparse gives it: settings are compared
     args.out = Path(args.out or f"runs/{args.data}")
     check_ranges(args)
     check_combinations(args, world)
@@ -174,7 +179,7 @@ def parse_training(argv: Sequence[str] | None, world: int) -> argparse.Namespace
 def check_ranges(args: argparse.Namespace) -> None:
     """InputError for a number out of range."""
     for name in f"{POSITIVE} {NOT_NEGATIVE}".split():
-        least = int(name in POSITIVE.split())
+        least = 1 if name in POSITIVE.split() else 0
         most = MOST.get(name, 10**9)
         value = getattr(args, name)
         if not least <= value <= most:
@@ -226,7 +231,7 @@ def recipe_warnings(args: argparse.Namespace) -> list[str]:
     return warnings
 
 
-# ---- what two runs have in common
+# ---- the network and the settings
 
 
 def configuration(args: argparse.Namespace, num_classes: int) -> dnl.Config:
@@ -246,7 +251,7 @@ def configuration(args: argparse.Namespace, num_classes: int) -> dnl.Config:
 def settings_of(
     args: argparse.Namespace, data: DataSet, class_weights: Tensor | None
 ) -> dict[str, Any]:
-    """What shapes the result: flags, images, classes. Equal settings give equal weights."""
+    """What must be equal for a run to go on: flags, number and names of images, classes."""
     settings = {k: v for k, v in vars(args).items() if k not in OPERATIONAL.split()}
     top = os.path.join(Path(args.root or ""), "")  # as in the names, however --root is spelt
     names = "\n".join(str(item.image).removeprefix(top) for item in data.items)
@@ -259,7 +264,7 @@ def settings_of(
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of a step, for dropout: so no random state needs to be saved."""
+    """The seed for dropout of a step on a rank. So no random state is saved."""
     return int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
 
 
@@ -299,7 +304,7 @@ def check_network(config: dnl.Config, args: argparse.Namespace, images: int) -> 
 
 
 def rate(step: int, total: int, power: float = 0.9, warmup: int = 0) -> float:
-    """The factor of the learning rate at a step: (1 - step / total) ** power (Section IV-A).
+    """The poly schedule: the learning rate's factor (1 - step / total) ** power (Section IV-A).
 
     It rises linearly over the first `warmup` steps.
     """
@@ -338,7 +343,7 @@ def ohem_mask(pixels: Tensor, threshold: float = 0.7, at_least: int = 100_000) -
 def losses(
     outputs: Sequence[Tensor], label: Tensor, labelled: float, weight: Tensor | None = None
 ) -> Tensor:
-    """The cross-entropy of each output, (len(outputs),): this rank's sum over `labelled`.
+    """The cross-entropy of each output, (len(outputs),): this rank's sum, divided by `labelled`.
 
     labelled: the labelled pixels of the whole step over all ranks, weighted if weights are given.
     So the sum over ranks is the mean over the batch.
@@ -347,7 +352,7 @@ def losses(
     return sums / max(labelled, 1e-9)
 
 
-def read_weights(path: str | None, classes: Sequence[str]) -> Tensor | None:
+def read_class_weights(path: str | None, classes: Sequence[str]) -> Tensor | None:
     """The weights of the classes (n,) in a file that `check.py --json` printed; None for no file.
 
     InputError if they do not fit.

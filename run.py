@@ -1,9 +1,8 @@
 """A training run: what it carries from step to step, how it starts, is saved and goes on."""
 
 import argparse
-import fcntl
 import json
-import pickle
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -17,31 +16,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import dnl
-from checkpoint import (
-    RUN_FIELDS,
-    VERSION,
-    base_of,
-    finish_save,
-    read_checkpoint,
-    read_if_readable,
-    read_last,
-    weight_names,
-    write_checkpoint,
-    write_last,
-)
-from data import DataSet, open_dataset, step_items
-from recipe import check_network, configuration, rate, read_weights, settings_of
+from checkpoint import VERSION, base_of, finish_save, weight_names, write_checkpoint, write_last
+from data import DataSet, open_dataset, require_classes, step_items
+from ranks import choose_amp, fail_on_all_ranks, sum_over_ranks, to_device
+from recipe import check_network, configuration, rate, read_class_weights, settings_of
 from runtime import (
     Caught,
     InputError,
-    choose_amp,
-    fail_on_all_ranks,
     import_factory,
+    lock_file,
     open_lock,
     print_line,
     quote,
-    sum_over_ranks,
-    to_device,
     write,
 )
 
@@ -54,19 +40,20 @@ class Run:
     data: DataSet
     val: DataSet
     net: dnl.Network
-    model: nn.Module  # what a step calls: the network, compiled, under DDP
+    model: nn.Module  # called in a step: the network, perhaps compiled and under DDP
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     rank: int
     world: int
     device: torch.device
-    weights: Tensor  # of the losses (eq. 5), on the device
+    loss_weights: Tensor  # of eq. 5, on the device
     sums: Tensor  # of the losses in this epoch, this rank's share
     class_weights: Tensor | None = None  # on the CPU, where labelled pixels are counted
     ema: dnl.Network | None = None
     step: int = 0
-    recent: list[tuple[int, Tensor]] = field(default_factory=list)  # steps, losses not checked yet
+    unchecked: list[tuple[int, Tensor]] = field(default_factory=list)  # steps and their losses
     history: list[dict[str, Any]] = field(default_factory=list)  # a line per epoch
+    settings_log: list[dict[str, Any]] = field(default_factory=list)  # each with its first step
     best: float | None = None  # the mIoU of best.pt
     unsaved: bool = False  # the last checkpoint could not be written
     caught: Caught = field(default_factory=Caught)  # signals to stop
@@ -83,13 +70,13 @@ class Run:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the last step."""
+        """The learning rate of the last step, without --backbone-lr's factor."""
         last = max(0, self.step - 1)
         return self.args.lr * rate(last, self.total, self.args.power, self.args.warmup)
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """Runs with equal settings end with equal weights."""
+        """What must be equal for a run to go on: flags, images, classes."""
         return settings_of(self.args, self.data, self.class_weights)
 
     @property
@@ -106,6 +93,7 @@ def start_run(args: argparse.Namespace, rank: int, world: int, device: torch.dev
     data = open_dataset(args.data, args.root, args.split, args.cache)
     val = open_dataset(args.data, args.root, "val", args.cache)
     step_items(0, seed=args.seed, n=len(data), batch=args.batch)  # raises if there is no step
+    require_classes(data)
     args.amp = choose_amp(args.amp, device)
     net = make_network(args, len(data.classes), rank, world, device)
     weights = [1.0, args.aux_weight, args.aux_weight]  # head, res2, res3
@@ -122,9 +110,9 @@ def start_run(args: argparse.Namespace, rank: int, world: int, device: torch.dev
         rank=rank,
         world=world,
         device=device,
-        weights=torch.tensor(weights, device=device),
+        loss_weights=torch.tensor(weights, device=device),
         sums=torch.zeros(len(weights), dtype=torch.float64, device=device),
-        class_weights=read_weights(args.class_weights, data.classes),
+        class_weights=read_class_weights(args.class_weights, data.classes),
     )
 
 
@@ -155,19 +143,16 @@ def make_network(
 
 
 def fill_backbone(net: dnl.Network, args: argparse.Namespace) -> None:
-    """Fill the backbone from --weights. InputError if the file is missing, broken or another's."""
-    remedy = "expected a file of torchvision's for this backbone, or a checkpoint of train.py"
-    if args.weights == "imagenet":
-        remedy = "if nothing can be downloaded, give --weights FILE"
+    """Fill the backbone from --weights. InputError if they cannot be had or do not fit."""
     try:
         dnl.load_backbone(net.backbone, args.backbone, args.weights)
-    except pickle.UnpicklingError:
-        raise InputError(f"--weights {args.weights}: not a file of weights: {remedy}") from None
     except ValueError as e:
-        raise InputError(f"--weights {args.weights}: {e}") from None
-    except Exception as e:  # a broken file or download fails in any layer
+        raise InputError(f"--weights {quote(args.weights)}: {e}") from None
+    except Exception as e:  # a download can fail in any layer
         what = str(e).split("\n")[0]
-        raise InputError(f"--weights {args.weights}: {what}: {remedy}") from None
+        raise InputError(
+            f"--weights {args.weights}: cannot be downloaded ({what}): give --weights FILE"
+        ) from None
 
 
 def make_optimizer(net: dnl.Network, args: argparse.Namespace) -> torch.optim.SGD:
@@ -177,7 +162,7 @@ def make_optimizer(net: dnl.Network, args: argparse.Namespace) -> torch.optim.SG
         {"params": list(net.backbone.parameters()), "factor": args.backbone_lr},
         {"params": others, "factor": 1.0},
     ]
-    # In fp16 the scaler may skip the first step, and a fused one would leave the momentum unset.
+    # In fp16 the scaler may skip the first step. A fused one would then leave the momentum unset.
     fused = others[0].is_cuda and args.amp != "fp16"
     return torch.optim.SGD(
         groups, args.lr, args.momentum, weight_decay=args.weight_decay, fused=fused
@@ -204,7 +189,7 @@ def check_ranks_agree(run: Run) -> None:
             )
 
 
-def connect(run: Run) -> None:
+def wrap_network(run: Run) -> None:
     """Compile the network if asked, put it under DDP with rank 0's weights, copy it for --ema."""
     if run.args.compile:
         run.model = cast(nn.Module, torch.compile(run.net))  # the stub says: a function
@@ -220,7 +205,7 @@ def connect(run: Run) -> None:
         run.ema = deepcopy(run.net)
 
 
-def mean_in_rank_order(state, bucket):  # no annotations: DDP refuses those that are text
+def mean_in_rank_order(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """The mean of DDP's gradients over the ranks, added up from rank 0 on.
 
     Gloo's own order depends on the place in the bucket, and DDP rearranges its buckets after the
@@ -230,34 +215,39 @@ def mean_in_rank_order(state, bucket):  # no annotations: DDP refuses those that
     dist.all_gather(parts, bucket.buffer())
     for part in parts[1:]:
         parts[0] += part
-    done = torch.futures.Future()
+    done: torch.futures.Future[Tensor] = torch.futures.Future()
     done.set_result(parts[0].div_(len(parts)))
     return done
 
 
 @contextmanager
 def locked_folder(path: Path) -> Iterator[None]:
-    """Make the run's folder and lock it. InputError if another training has the lock."""
+    """Make the run's folder, lock it, tidy up after a killed save. InputError if it is locked.
+
+    If the block refuses to start (InputError), a new folder does not stay behind.
+    """
+    new = not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = open_lock(path / ".lock")
     except OSError as e:
         raise InputError(f"--out {quote(path)}: {e.strerror}: choose another") from None
     with lock:
-        try:
-            # Loader processes do not inherit this kind of lock; they can outlive a killed training.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
+        if not lock_file(lock):
             raise InputError(
                 f"--out {quote(path)}: another training is writing to it: wait for it, end it, or "
                 "choose another"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
+            )
         for left in path.glob("*.part"):  # by a save that was killed
             left.unlink(missing_ok=True)
         finish_save(path)
-        yield
+        try:
+            yield
+        except InputError:
+            if new and os.listdir(path) == [".lock"]:
+                (path / ".lock").unlink()
+                path.rmdir()
+            raise
 
 
 # ---- saving
@@ -274,13 +264,13 @@ def state_of(run: Run) -> dict[str, Any]:
         "ema": run.ema.state_dict() if run.ema is not None else None,
         "config": asdict(run.net.config),
         "settings": run.settings,
+        "settings_log": run.settings_log,
         "data": run.data.name,
         "root": str(Path(run.args.root).resolve()) if run.args.root else None,
         "classes": list(run.data.classes),
         "colors": [list(c) for c in run.data.colors],
         "amp": run.args.amp,
         "step": run.step,
-        "epoch": run.step // run.per_epoch,
         "best": run.best,
         "sums": sums,
         "history": run.history,
@@ -288,51 +278,57 @@ def state_of(run: Run) -> dict[str, Any]:
 
 
 def save(run: Run) -> None:
-    """Write the checkpoint and log.jsonl. A full disk is a warning, and saving is tried again
-    later.
+    """Write the checkpoint and log.jsonl. A full disk is a warning, and saving is tried again.
 
-    InputError if losses or weights are not finite: they would replace good ones.
+    Then run.unsaved is set on every rank. InputError if losses or weights are not finite: they
+    would replace good ones.
     """
     check_finite(run)
+    failure = None
     weights = run.net.state_dict()
     if not all(weights[name].isfinite().all() for name in weight_names(run.net)):
-        raise not_finite(run, run.step - 1, "weights are")
+        failure = not_finite(run, max(0, run.step - 1), "weights are")
+    sum_over_ranks([], failure)
     state = state_of(run)
-    if run.rank > 0:
-        return
-    miou = None  # of these weights
+    run.unsaved = False
+    if run.rank == 0:
+        try:
+            write_all(run, state)
+        except OSError as e:
+            run.unsaved = True
+            print_line(f"warning: step {run.step} not saved ({e}); it is tried again", error=True)
+    run.unsaved = sum_over_ranks([run.unsaved]) != [0]
+
+
+def write_all(run: Run, state: dict[str, Any]) -> None:
+    """best.pt if this mIoU is the highest so far, last.pt, log.jsonl. OSError: the disk is full."""
+    miou = None
     if run.history and run.history[-1]["step"] == run.step:
         miou = run.history[-1]["miou"]
-    try:
-        if miou is not None and (run.best is None or miou > run.best):
-            state["best"] = miou
-            write_checkpoint(run.args.out / "best.pt", state)
-            run.best = miou
-        write_last(run.args.out, state)
-        write_log(run)
-        run.unsaved = False
-    except OSError as e:
-        run.unsaved = True
-        print_line(
-            f"warning: step {run.step} not saved ({e}); tried again within "
-            f"{run.args.log_every} steps",
-            error=True,
-        )
+    if miou is not None and (run.best is None or miou > run.best):
+        state["best"] = miou
+        write_checkpoint(run.args.out / "best.pt", state)
+        run.best = miou
+    write_last(run.args.out, state)
+    write_log(run)
 
 
 def write_log(run: Run) -> None:
-    """log.jsonl: a line of the settings, then one per epoch."""
-    lines = [json.dumps(line) + "\n" for line in ({"settings": run.settings}, *run.history)]
-    write(run.args.out / "log.jsonl", lambda f: f.write("".join(lines).encode()))
+    """log.jsonl: a line of the settings, one per epoch, and one where the settings change."""
+    lines = sorted(
+        [*run.settings_log, *run.history], key=lambda x: (x["step"], "settings" in x)
+    )  # a change follows the epoch
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    write(run.args.out / "log.jsonl", lambda f: f.write(text.encode()))
 
 
 def check_finite(run: Run) -> None:
     """InputError on all ranks if a loss since the last check is not finite. Waits for the GPU."""
     failure = None
-    for step, share in run.recent:
+    for step, share in run.unchecked:
         if failure is None and not share.isfinite().all():
             failure = not_finite(run, step, "loss is")
-    run.recent = []
+    run.unchecked = []
     sum_over_ranks([], failure)
 
 
@@ -344,71 +340,8 @@ def not_finite(run: Run, step: int, what: str) -> InputError:
     )
     images = ", ".join(quote(run.data.items[i].image) for _, i in items)
     last = args.out / "last.pt"
-    kept = f"{quote(last)} is from before: " if last.exists() else ""
+    kept = f"{quote(last)} is an earlier checkpoint: " if last.exists() else ""
     return InputError(
         f"step {step + 1}, rank {run.rank}: the {what} not finite; images {images}; {kept}"
         "lower --lr, or try --clip 1 or --amp off"
     )
-
-
-# ---- going on
-
-
-def restore(run: Run) -> None:
-    """Go on from a checkpoint, if there is one. InputError if its settings differ."""
-    found = find_checkpoint(run)
-    if found is None:
-        return
-    path, state = found
-    differ = []
-    was, now = state["settings"], run.settings
-    for key in sorted({*was, *now}):
-        if was.get(key) != now.get(key):
-            differ.append(f"{key} {was.get(key)} -> {now.get(key)}")
-    if differ:
-        raise InputError(
-            f"{quote(path)}: its settings differ ({'; '.join(differ)}): give the flags of that run "
-            "to go on, or choose another --out"
-        )
-    try:
-        load_state(run, state)
-    except Exception as e:  # a field of another kind can fail in any of these
-        what = f"{type(e).__name__} {e}".replace("\n", " ")
-        raise InputError(f"{quote(path)}: cannot go on from it ({what}): train again") from None
-    if run.rank == 0:
-        best = read_if_readable(run.args.out / "best.pt")
-        if best.get("settings") == run.settings:
-            run.best = float(best["best"])
-        try:
-            write_log(run)
-        except OSError as e:
-            print_line(f"warning: log.jsonl not written ({e})", error=True)
-        print_line(f"resumed {path} at step {run.step} of {run.total}")
-
-
-def find_checkpoint(run: Run) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint of --resume; for auto the newest whole one of the run's folder."""
-    if run.args.resume == "auto":
-        return read_last(run.args.out)
-    there = read_if_readable(run.args.out / "last.pt")
-    if there and there.get("settings") != run.settings:
-        raise InputError(
-            f"--out {run.args.out}: holds a run of other settings, which this one would replace: "
-            "choose another"
-        )
-    return Path(run.args.resume), read_checkpoint(run.args.resume, RUN_FIELDS)
-
-
-def load_state(run: Run, state: dict[str, Any]) -> None:
-    """Put a checkpoint's fields into the run. Any exception means that they do not fit."""
-    if state["step"] not in range(run.total + 1):
-        raise ValueError(f"step {state['step']} of {run.total}")
-    dnl.load_strict(run.net, state["model"], "model")
-    if run.ema is not None:
-        dnl.load_strict(run.ema, state["ema"], "ema")
-    optimizer = run.optimizer.state_dict() | {"state": state["optimizer"]["state"]}
-    run.optimizer.load_state_dict(optimizer)
-    run.scaler.load_state_dict(state["scaler"])
-    run.step, run.history = state["step"], state["history"]
-    if run.rank == 0:
-        run.sums += state["sums"].to(run.device)

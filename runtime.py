@@ -1,28 +1,20 @@
-"""What every script starts, says and ends with.
-
-Wrong input as one line, printing, whole-file writes, the argument parser, the exit status; ranks,
-device, precision, signals.
-"""
+"""What the scripts share: errors, messages, files, flags, exit status; ranks, device, signals."""
 
 import argparse
 import io
 import multiprocessing
 import os
-import resource
 import secrets
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TextIO
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -69,7 +61,7 @@ def on_terminal(stream: TextIO | None) -> bool:
 
 
 def discard_output(stream: TextIO) -> None:
-    """Discard what could not be written. Otherwise every later flush fails, and the exit too."""
+    """Send the stream to /dev/null. Otherwise every later flush, and the exit, would fail."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, stream.fileno())
     os.close(null)
@@ -101,12 +93,37 @@ def regular_file(path: Path | str) -> Path:
 
 def open_lock(path: Path) -> TextIO:
     """A file to lock. A pipe of that name does not block, and a link is not followed."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW
+    flags = os.O_RDWR | os.O_CREAT
+    for name in ("O_NONBLOCK", "O_NOFOLLOW"):  # not on Windows
+        flags |= getattr(os, name, 0)
     return os.fdopen(os.open(path, flags), "w")
+
+
+def lock_file(file: TextIO, wait: bool = False) -> bool:
+    """Lock a file until it is closed. False if another process has it, unless it is waited for.
+
+    Without fcntl (Windows), or on a file system without locks, nothing is locked.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        # Children do not inherit this kind of lock; loader processes can outlive a killed training.
+        fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def check_open_files(needed: int) -> None:
     """InputError if the system allows this process fewer open files."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
     allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if 0 <= allowed < needed:
         raise InputError(
@@ -142,7 +159,7 @@ def write_result(path: Path, save: Callable[[BinaryIO], object]) -> None:
         write(path, save)
     except OSError as e:
         raise InputError(
-            f"{quote(path)}: cannot be written ({e.strerror}): make room or choose another --out"
+            f"{quote(path)}: cannot be written ({e.strerror}): make room or write elsewhere"
         ) from e
 
 
@@ -171,6 +188,7 @@ FLAGS: dict[str, dict[str, Any]] = {  # the same in every script that takes a ch
     "amp": {"choices": ["auto", *AMP], "help": "precision (default: the checkpoint's)"},
     "context": {"help": "MODULE:FACTORY, again, if training was given one"},
     "workers": {"type": int, "default": 2, "help": "reading processes a rank (default: 2)"},
+    "device": {"default": "auto", "help": "auto, cpu, cuda, cuda:N or mps (default: auto)"},
     "json": {"action": "store_true", "help": "print one JSON object as the last line"},
 }
 
@@ -234,7 +252,7 @@ def failure_line(error: BaseException) -> str | None:
     text = str(error)
     no_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
     if no_memory or "allocate memory" in text:  # the CPU's allocator raises a plain RuntimeError
-        return "out of memory: lower --batch (train.py), or give --crop (the others)"
+        return "out of memory: try --recompute or --accumulate 2 (train.py), or --crop 768 (others)"
     for part, line in FAILURES.items():
         if part in text:
             return line
@@ -277,148 +295,19 @@ def run_script(main: Callable[[], int | None], needs_output: bool = True) -> Non
 
 
 def kill_children() -> None:
-    """Kill processes that are left, such as stopped ones that read images: the exit would wait."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for each
+    """Kill children that are left, such as stopped readers: otherwise the exit waits for them."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for each
     for process in multiprocessing.active_children():
         process.kill()
 
 
-# ---- ranks
-
-
-def sum_over_ranks(numbers: Sequence[float], failure: InputError | None = None) -> list[float]:
-    """The sums of plain numbers over all ranks, on the CPU: a GPU is not waited for.
-
-    If one rank brings a failure, every rank raises: that rank its own, the others one that says so.
-    This is the only way in which a failure reaches the other ranks, which would wait for ever.
-    """
-    if not dist.is_initialized():
-        if failure is not None:
-            raise failure
-        return list(numbers)
-    totals = torch.tensor([*numbers, failure is not None], dtype=torch.float64)
-    dist.all_reduce(totals)
-    *sums, failures = totals.tolist()
-    if failure is not None:
-        raise failure
-    if failures:
-        raise InputError(f"rank {dist.get_rank()}: stopped, because another rank cannot go on")
-    return sums
-
-
-@contextmanager
-def fail_on_all_ranks() -> Iterator[None]:
-    """If the block raises InputError on one rank, raise it on all: the others would wait for it."""
-    failure = None
-    try:
-        yield
-    except InputError as e:
-        failure = e
-    sum_over_ranks([], failure)
-
-
-def read_ranks() -> tuple[int, int, int]:
-    """(rank, world, local rank) as torchrun sets them, or (0, 1, 0)."""
-    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}
-    found = {name: os.environ.get(name, default) for name, default in defaults.items()}
-    try:
-        rank, world, local, port = map(int, found.values())
-    except ValueError:
-        rank = world = local = port = -1
-    reachable = world == 1 or ("MASTER_ADDR" in os.environ and 0 < port < 65536)
-    if not (0 <= rank < world and local >= 0 and reachable):
-        listed = ", ".join(f"{name}={value!r}" for name, value in found.items())
-        raise InputError(
-            f"{listed} or MASTER_ADDR in the environment are not torchrun's: unset them, or start "
-            "with torchrun"
-        )
-    return rank, world, local
-
-
-def local_device(local: int) -> torch.device:
-    """The GPU of a local rank, or the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    count = torch.cuda.device_count()
-    if local >= count:
-        raise InputError(
-            f"local rank {local} has no GPU, the machine has {count}: lower --nproc-per-node"
-        )
-    torch.cuda.set_device(local)
-    return torch.device("cuda", local)
-
-
-@contextmanager
-def distributed(
-    timeout: timedelta = timedelta(minutes=10),
-) -> Iterator[tuple[int, int, torch.device]]:
-    """(rank, world, device), and the process group for as long as the block runs, if there are
-    several ranks.
-
-    nccl sums tensors of GPUs, gloo those of CPUs. A rank that waits longer than the timeout for
-    another gives up.
-    """
-    rank, world, local = read_ranks()
-    device = local_device(local)
-    if world > 1:
-        store = next(dist.rendezvous("env://"))[0]
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # After a restart torchrun's store still has the addresses of dead processes. On one
-            # node all ranks know the number of restarts.
-            restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            store = dist.PrefixStore(f"restart{restarts}", store)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
-    try:
-        yield rank, world, device
-    finally:
-        if dist.is_initialized():
-            # gloo's destructor holds Python's lock while it waits for threads that need the lock to
-            # drop their tensors.
-            time.sleep(0.1)
-            dist.destroy_process_group()
-
-
-# ---- precision, kernels, signals
-
-
-def choose_amp(amp: str, device: torch.device) -> str:
-    """The precision that "auto" stands for: bf16 if the machine is fast at it, else fp16 on a GPU
-    and off on a CPU.
-
-    Fast at bf16 are GPUs since Ampere, and CPUs with AVX512-BF16 or AMX.
-    """
-    if amp != "auto":
-        return amp
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if fast else "off"
-
-
-def choose_kernels(deterministic: bool) -> None:
-    """For this process: the fastest convolutions of the GPU, or repeatable kernels."""
-    torch.backends.cudnn.benchmark = not deterministic
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-
-
-def to_device(net: nn.Module, device: torch.device | str) -> None:
-    """Move a network to a device, channels innermost, which convolutions are fastest with."""
-    net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
-
-
-def peak_memory(device: torch.device) -> float:
-    """The most memory so far, GiB: of tensors on a GPU, of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+# ---- signals
 
 
 def existing_signals(*names: str) -> list[signal.Signals]:
     """The signals of these names that the system has."""
-    return [signal.Signals[name] for name in names if name in signal.Signals.__members__]
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]
 
 
 # A terminal or Slurm sends these to every process of a group, loader processes included.
@@ -432,7 +321,7 @@ def time_limit(seconds: int, message: str) -> Iterator[None]:
     def stop(number: int, frame: object) -> None:
         raise TimeoutError(message)
 
-    if not seconds:
+    if not seconds or not hasattr(signal, "SIGALRM"):
         yield
         return
     old = signal.signal(signal.SIGALRM, stop)

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -544,6 +545,32 @@ def test_an_imagenet_file_loads_but_for_fc(tmp_path):
     dnl.load_backbone(ResNet("resnet18"), "resnet18", str(tmp_path / "old.pth"))
 
 
+@pytest.mark.parametrize("wrap", ["", "module.", "backbone.", "module.backbone."])
+def test_weights_of_other_tools_load(tmp_path, wrap):
+    """mmsegmentation and Lightning wrap them as state_dict, DDP adds module.; a head is left."""
+    state, net = imagenet_like("resnet18"), ResNet("resnet18")
+    wrapped = {wrap + k: v for k, v in state.items()}
+    if "backbone" in wrap:
+        wrapped[wrap.replace("backbone", "decode_head") + "weight"] = torch.ones(1)
+    torch.save({"state_dict": wrapped, "meta": {"epoch": 3}}, tmp_path / "w.pth")
+    dnl.load_backbone(net, "resnet18", str(tmp_path / "w.pth"))
+    assert all(torch.equal(t, state[k]) for k, t in net.state_dict().items())
+
+
+def test_what_holds_no_such_weights_is_a_line(tmp_path):
+    path = tmp_path / "w.pth"
+    torch.save(imagenet_like("resnet18"), path)
+    with pytest.raises(ValueError, match="this is a resnet18, expected a resnet34"):
+        dnl.load_backbone(ResNet("resnet34"), "resnet34", str(path))
+    for content in (b"x", b"", pickle.dumps(3), pickle.dumps([1]), b"\x80"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="not a file of weights"):
+            dnl.load_backbone(ResNet("resnet18"), "resnet18", str(path))
+    torch.save({"state_dict": 5}, path)
+    with pytest.raises(ValueError, match="not a file of weights"):
+        dnl.load_backbone(ResNet("resnet18"), "resnet18", str(path))
+
+
 def test_a_mismatch_lists_the_keys_and_loads_nothing():
     state, net = (
         imagenet_like("resnet18", **{"conv1.weight": (64, 4, 7, 7), "layer9.weight": (1,)}),
@@ -580,7 +607,7 @@ def test_imagenet_weights_come_hash_checked_and_only_for_the_plain_stem(name, fi
     with torch.device("meta"):
         plain, deep = ResNet(name), ResNet(name, deep_stem=True)
     with pytest.raises(
-        ValueError, match=r"weights imagenet does not fit: missing: conv1\.weight"
+        ValueError, match=r"the file does not fit: missing: conv1\.weight"
     ):  # for the empty file
         dnl.load_backbone(plain, name, "imagenet")
     with pytest.raises(ValueError, match="plain stem"):

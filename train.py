@@ -6,12 +6,12 @@
     torchrun --nproc-per-node 8 train.py --data ade20k --root DIR --weights imagenet
 
 A run's folder (runs/DATA, or --out) holds last.pt, best.pt, log.jsonl and, at the end, val.png.
-The same command goes on where the run stopped, on any number of ranks. That is exact, because a
-sample is a function of (seed, epoch, index), and a step one of the weights and its number.
+The same command goes on from last.pt, on any number of ranks. With the same number, on a CPU, the
+result is the same bit for bit: a sample depends on (seed, epoch, index) alone, dropout on (seed,
+step, rank), so no random state is carried.
 """
 
 import signal
-import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from typing import Any
@@ -22,45 +22,44 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import recipe
-from data import IGNORE, RELATIVE, color_jitter, normalize, train_batches
-from evaluate import evaluate, iou_table, scores
-from run import (
-    Run,
-    check_finite,
-    check_ranks_agree,
-    connect,
-    locked_folder,
-    restore,
-    save,
-    start_run,
+from classes import IGNORE
+from data import RELATIVE, color_jitter, normalize, train_batches
+from evaluate import evaluate
+from metrics import iou_table, scores
+from ranks import (
+    autocast,
+    choose_kernels,
+    distributed,
+    fail_on_all_ranks,
+    read_ranks,
+    sum_over_ranks,
 )
+from resume import restore
+from run import Run, check_finite, check_ranks_agree, locked_folder, save, start_run, wrap_network
 from runtime import (
     AMP,
     InputError,
     Interrupted,
-    choose_kernels,
-    distributed,
-    fail_on_all_ranks,
     print_line,
     print_progress,
+    quote,
     run_script,
     stop_signals,
-    sum_over_ranks,
     write,
 )
-from watch import Board, epoch_line, epoch_values, step_line, val_sheet
+from watch import Board, Clock, epoch_line, epoch_values, start_line, step_line, val_sheet
 
 Batch = tuple[Tensor, Tensor, Tensor]  # images, labels, colour factors
 
 
 class Stopped(Exception):
-    """A signal, its only argument, came to this rank or another, and the run was saved."""
+    """A signal, its only argument, came to this rank or another. Saving the run was tried."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, from the start or from the last checkpoint. Returns the exit status."""
-    with distributed() as (rank, world, device), ExitStack() as stack:
-        args = recipe.parse_training(argv, world)
+    args = recipe.parse_training(argv, read_ranks()[1])
+    with distributed(args.device) as (rank, world, device), ExitStack() as stack:
         choose_kernels(args.deterministic)
         with fail_on_all_ranks():
             run = start_run(args, rank, world, device)
@@ -69,14 +68,18 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for text in recipe.recipe_warnings(args):
                     print_line(f"note: {text}", error=True)
         check_ranks_agree(run)
-        connect(run)
+        wrap_network(run)
         with fail_on_all_ranks():
             restore(run)
-        if sum_over_ranks([run.step]) != [run.step * world]:
-            raise InputError(
-                f"{args.out}: the ranks found different checkpoints: name an --out that all nodes "
-                "see"
-            )
+        steps = sum_over_ranks([run.step])
+        with fail_on_all_ranks():
+            if steps != [run.step * world]:
+                raise InputError(
+                    f"--out {quote(args.out)}: the ranks found different checkpoints: name a "
+                    "folder that all nodes see"
+                )
+        if rank == 0:
+            print_line(start_line(run))
         try:
             train(run)
         except Stopped as e:
@@ -86,27 +89,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(run: Run) -> None:
     """All steps from run.step on: step, log, validate, save. Raises Stopped after a signal."""
-    args, first, start = run.args, run.step, time.monotonic()
+    args = run.args
     recipe.set_mode(run.net, args.freeze_bn)
     board = Board(args.out, run.step, asked=args.tensorboard and run.rank == 0)
     with stop_signals() as run.caught, closing(board), closing(open_batches(run)) as batches:
         if run.step == (len(run.history) + 1) * run.per_epoch:  # it was stopped while validating
             end_epoch(run, board, saved=True)
+        clock = Clock(run.step)
         while run.step < run.total:
-            batch, labelled, retry = next_batch(run, batches)
+            batch, labelled = next_batch(run, batches)
             share = train_step(run, batch, labelled)
             run.step += 1
-            if run.step % args.log_every == 0 or run.step == first + 1:
-                speed = (run.step - first) * args.batch / (time.monotonic() - start)
-                log_step(run, board, share, speed)
-            paused = time.monotonic()
-            if run.step % run.per_epoch == 0:
-                end_epoch(run, board)
-            elif retry or (args.save_every and run.step % args.save_every == 0):
-                save(run)
-            start += time.monotonic() - paused  # images/s are of training alone
-    if sum_over_ranks([run.unsaved])[0]:
+            if run.step % args.log_every == 0 or run.step == clock.first + 1:
+                log_step(run, board, share, clock)
+            with clock.paused():
+                if run.step % run.per_epoch == 0:
+                    end_epoch(run, board)
+                elif save_is_due(run):
+                    save(run)
+    if run.unsaved:  # the last try
         save(run)
+
+
+def save_is_due(run: Run) -> bool:
+    """Between epochs: every --save-every steps, and at a log if the last save failed."""
+    every = run.args.log_every if run.unsaved else run.args.save_every
+    return every > 0 and run.step % every == 0
 
 
 # ---- a step
@@ -130,12 +138,10 @@ def open_batches(run: Run) -> Generator[Batch, None, None]:
     )
 
 
-def next_batch(run: Run, batches: Iterator[Batch]) -> tuple[Batch, float, bool]:
-    """The next batch, its labelled pixels over all ranks, and whether a failed save is to be tried
-    again.
+def next_batch(run: Run, batches: Iterator[Batch]) -> tuple[Batch, float]:
+    """The next batch, and its labelled pixels over all ranks.
 
-    All ranks do the same: InputError if one of them cannot read its images, Stopped if one of them
-    got a signal.
+    All ranks save and raise InputError if one cannot read its images, Stopped if one got a signal.
     """
     failure, labelled = None, 0.0
     try:
@@ -146,25 +152,31 @@ def next_batch(run: Run, batches: Iterator[Batch]) -> tuple[Batch, float, bool]:
         pass
     except InputError as e:
         failure = e
-    labelled, signals, unsaved = sum_over_ranks([labelled, len(run.caught), run.unsaved], failure)
+    try:
+        labelled, signals = sum_over_ranks([labelled, len(run.caught)], failure)
+    except InputError:
+        if run.step > 0:
+            save(run)
+        raise
     if signals:
         save(run)
     stop_if(run, signals)
-    return batch, labelled, bool(unsaved) and run.step % run.args.log_every == 0
+    return batch, labelled
 
 
 def stop_if(run: Run, signals: float) -> None:
     """Raise Stopped if a rank has caught a signal. signals: their number over all ranks."""
     if signals:
-        raise Stopped(run.caught[0] if run.caught else signal.SIGTERM)
+        raise Stopped(run.caught[0] if run.caught else signal.SIGTERM)  # another rank got it
 
 
 def train_step(run: Run, batch: Batch, labelled: float) -> Tensor:
     """One step of SGD on this rank's images, labels and colour factors.
 
-    With N ranks the gradient is the one that a single rank has for the whole batch (with --ohem,
-    for the hard pixels of each part). Returns this rank's share of the losses, on the device; the
-    GPU is not waited for.
+    The loss is the mean over the labelled pixels of the whole batch, however many ranks and parts
+    share it (with --ohem, over the hard pixels of each part). A BatchNorm sees one part at a time,
+    without SyncBN of one rank. Returns this rank's share of the losses, on the device. Only fp16
+    and --ohem wait for a GPU.
     """
     args = run.args
     torch.manual_seed(recipe.step_seed(args.seed, run.step, run.rank))
@@ -172,16 +184,16 @@ def train_step(run: Run, batch: Batch, labelled: float) -> Tensor:
     for group in run.optimizer.param_groups:
         group["lr"] = args.lr * group["factor"] * factor
     share = torch.zeros_like(run.sums)
-    images, labels, factors = batch
+    images, labels, colours = batch
     parts = zip(
         images.to(run.device, non_blocking=True).chunk(args.accumulate),
         labels.to(run.device, non_blocking=True).chunk(args.accumulate),
-        factors.chunk(args.accumulate),
+        colours.chunk(args.accumulate),
     )
-    for i, (x, y, f) in enumerate(parts, 1):
+    for i, (x, y, c) in enumerate(parts, 1):
         with no_sync(run) if i < args.accumulate else nullcontext():
-            part = part_losses(run, normalize(color_jitter(x, f)), y, labelled)
-            loss = (part * run.weights).sum() * run.world  # DDP averages over the ranks
+            part = part_losses(run, normalize(color_jitter(x, c)), y, labelled)
+            loss = (part * run.loss_weights).sum() * run.world  # DDP averages over the ranks
             run.scaler.scale(loss).backward()
         share += part.detach()
     if args.clip:
@@ -192,7 +204,7 @@ def train_step(run: Run, batch: Batch, labelled: float) -> Tensor:
     run.optimizer.zero_grad()
     if run.ema is not None:
         update_ema(run.ema, run.net, args.ema)
-    run.recent.append((run.step, share))
+    run.unchecked.append((run.step, share))
     run.sums += share
     return share
 
@@ -206,31 +218,36 @@ def no_sync(run: Run) -> AbstractContextManager:
 
 def part_losses(run: Run, x: Tensor, y: Tensor, labelled: float) -> Tensor:
     """The losses of a part of a rank's batch. With --ohem the head's are of hard pixels."""
-    amp = AMP[run.args.amp]
-    with torch.autocast(run.device.type, amp or torch.bfloat16, enabled=amp is not None):
+    with autocast(run.device, AMP[run.args.amp]):
         outputs = run.model(x.contiguous(memory_format=torch.channels_last), full_size=False)
     weight = run.class_weights
     if weight is not None:
         weight = weight.to(run.device, non_blocking=True)
     if not run.args.ohem:
         return recipe.losses(outputs, y, labelled, weight)
-    with torch.no_grad():  # hard by probability, whatever the class weighs
-        hard = recipe.ohem_mask(recipe.pixel_losses(outputs[0], y))
     pixels = recipe.pixel_losses(outputs[0], y, weight)
+    plain = pixels.detach()
+    if weight is not None:
+        with torch.no_grad():  # hard by probability, whatever the class weighs
+            plain = recipe.pixel_losses(outputs[0], y)
+    hard = recipe.ohem_mask(plain)
     kept = count_labelled(run, y, hard).float()
     if run.world > 1:
         dist.all_reduce(kept)
+    # The hard pixels of later parts are not known yet, so each part has an equal share.
     head = (pixels * hard).sum() / kept.clamp(min=1) / run.args.accumulate
     return torch.cat([head[None], recipe.losses(outputs[1:], y, labelled, weight)])
 
 
-def count_labelled(run: Run, labels: Tensor, among: Tensor | bool = True) -> Tensor:
-    """Labelled pixels of this rank's batch, weighted by class. among: a mask."""
-    weight = labels != IGNORE
-    if run.class_weights is not None:
-        weights = F.pad(run.class_weights, (0, 256 - len(run.class_weights)))
-        weight = weights.to(labels.device, non_blocking=True)[labels.long()]
-    return (weight * among).sum(dtype=torch.float64)
+def count_labelled(run: Run, labels: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The labelled pixels, each counted with its class's weight; with a mask, those in it."""
+    counts = labels != IGNORE
+    if run.class_weights is not None:  # a table of 256, in which IGNORE weighs 0
+        table = F.pad(run.class_weights, (0, 256 - len(run.class_weights)))
+        counts = table.to(labels.device, non_blocking=True)[labels.long()]
+    if mask is not None:
+        counts = counts * mask
+    return counts.sum(dtype=torch.float64)
 
 
 @torch.no_grad()
@@ -243,12 +260,14 @@ def update_ema(ema: nn.Module, net: nn.Module, decay: float) -> None:
             mean.copy_(now)
 
 
-def log_step(run: Run, board: Board, share: Tensor, speed: float) -> None:
-    """Check that the losses since the last log are finite, then print this step's line."""
+def log_step(run: Run, board: Board, share: Tensor, clock: Clock) -> None:
+    """Check the losses since the last check, print the step's line, draw its values."""
     check_finite(run)
     loss = sum_over_ranks(share.tolist())[0]
+    speed = clock.steps_per_second(run.step) * run.args.batch
     if run.rank == 0:
-        print_progress(step_line(run, loss, speed), log=True)
+        left = clock.seconds_left(run.step, run.total)
+        print_progress(step_line(run, loss, speed, left), log=True)
     values = {"step/loss": loss, "step/lr": run.lr, "step/images_per_second": speed}
     board.draw(values, run.step)
 
@@ -257,25 +276,23 @@ def log_step(run: Run, board: Board, share: Tensor, speed: float) -> None:
 
 
 def end_epoch(run: Run, board: Board, saved: bool = False) -> None:
-    """Validate (every --eval-every epochs, and the last), add the epoch's line to the history,
-    save.
+    """Validate (every --eval-every epochs, and the last), add to the history, save.
 
     Validating may take long, so the run is saved before as well: after a kill only validation is
-    repeated. saved: that has been done.
+    repeated. saved: the checkpoint that the run goes on from is that save.
     """
     epoch = run.step // run.per_epoch
     means = [total / run.per_epoch for total in sum_over_ranks(run.sums.tolist())]
     names = ("loss", "loss_res2", "loss_res3", "loss_p")
     line: dict[str, Any] = {"epoch": epoch, "step": run.step, "lr": run.lr, "miou": None}
-    line |= zip(names, means)
+    line.update(zip(names, means))  # the head's loss first; loss_p only with --coarse-weight
     validated = epoch % run.args.eval_every == 0 or epoch == run.args.epochs
     if validated:
-        if not saved:  # a second save would replace last.prev.pt, perhaps the last good one
+        if not saved:  # else last.pt is this step, and last.prev.pt may be the last good one
             save(run)
         line |= validate(run, run.net)
         if run.ema is not None:
             line["ema_miou"] = validate(run, run.ema)["miou"]
-        recipe.set_mode(run.net, run.args.freeze_bn)
     run.history.append(line)
     run.sums.zero_()
     save(run)
@@ -284,21 +301,22 @@ def end_epoch(run: Run, board: Board, saved: bool = False) -> None:
     if board.writer is not None:
         picture = val_sheet(run) if line["miou"] is not None else None
         board.draw(epoch_values(run, line), run.step, picture)
+    recipe.set_mode(run.net, run.args.freeze_bn)
 
 
 def validate(run: Run, net: nn.Module) -> dict[str, Any]:
-    """The scores on the validation split by evaluate.py's function. Every rank uses rank 0's
-    BatchNorm statistics.
+    """The scores on the validation split, by evaluate.py's function, with rank 0's statistics.
 
-    A signal to any rank stops every rank at the next image.
+    A rank that got a signal stops at its next image, the others at the end of theirs. Then all
+    raise Stopped.
     """
     if run.world > 1:
         for b in net.buffers():
             dist.broadcast(b, 0)
 
-    def stop_at_signal(done: int, n: int) -> None:
+    def stop_at_signal(index: int, matrix: Tensor) -> None:
         if run.caught:
-            raise InputError("stopped by a signal")
+            raise InputError("stopped by a signal")  # only an InputError reaches the other ranks
 
     try:
         matrix = evaluate(
@@ -310,7 +328,7 @@ def validate(run: Run, net: nn.Module) -> dict[str, Any]:
             workers=run.args.workers,
             base=run.base,
             amp=AMP[run.args.amp],
-            progress=stop_at_signal,
+            each=stop_at_signal,
         )
     except InputError:  # on all ranks, or none
         stop_if(run, sum_over_ranks([len(run.caught)])[0])
@@ -331,19 +349,19 @@ def finish(run: Run) -> int:
     except OSError as e:
         print_line(f"warning: val.png not written ({e})", error=True)
         return 1
-    best = f"best.pt (mIoU {100 * run.best:.2f} %), " if run.best is not None else ""
-    print_line(f"in {out}: last.pt, {best}log.jsonl, val.png")
+    there = [name for name in ("last.pt", "best.pt", "log.jsonl") if (out / name).exists()]
+    best = f"; best mIoU {100 * run.best:.2f} %" if run.best is not None else ""
+    print_line(f"in {quote(out)}: {', '.join([*there, 'val.png'])}{best}")
     return int(run.unsaved)
 
 
 def stopped(run: Run, number: int) -> int:
     """Say that a signal stopped the run. Returns the exit status, 128 + its number."""
-    saved = "not saved" if sum_over_ranks([run.unsaved])[0] else "saved"
+    saved = "saved: the same command goes on"
+    if run.unsaved:
+        saved = "not saved: the same command goes on from the last checkpoint"
     name = signal.Signals(number).name
-    print_line(
-        f"rank {run.rank}: stopped by {name} at step {run.step}, {saved}: the same command goes on",
-        error=True,
-    )
+    print_line(f"rank {run.rank}: stopped by {name} at step {run.step}, {saved}", error=True)
     return 128 + number
 
 

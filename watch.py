@@ -2,6 +2,10 @@
 images.
 """
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,10 +16,10 @@ from torch import Tensor
 
 from data import base_factor, read
 from evaluate import predict, top_class
-from pictures import colorize, sheet
-from recipe import set_mode
+from pictures import colorize, sheet, with_ignored
+from ranks import peak_memory
 from run import Run
-from runtime import AMP, peak_memory, print_line
+from runtime import AMP, counted, print_line, quote
 
 
 class Board:
@@ -62,14 +66,56 @@ class Board:
         self.writer = None
 
 
-def step_line(run: Run, loss: float, speed: float) -> str:
-    """The line of a step. speed: images/s over all ranks."""
-    left = int((run.total - run.step) * run.args.batch / speed)
+def start_line(run: Run) -> str:
+    """Where and on what the run trains, told when it starts."""
+    args, n = run.args, len(run.data)
+    left_out = n - run.per_epoch * args.batch
+    weights = f"weights {args.weights}"
+    if args.init is not None:
+        weights = f"network of {quote(args.init)}"
+    if run.step:
+        weights = f"going on at step {run.step}"
+    line = (
+        f"{run.device}, amp {args.amp}; train {counted(n, 'image')}, "
+        f"{counted(run.per_epoch, 'step')} an epoch ({left_out} left out of each); "
+        f"val {counted(len(run.val), 'image')}; {weights}; in {quote(args.out)}"
+    )
+    if args.split == "trainval":
+        line += "; the validation images are trained on: their mIoU is no test"
+    return line
+
+
+class Clock:
+    """How fast the steps are, and when the last will be done."""
+
+    def __init__(self, step: int) -> None:
+        self.first, self.start, self.pause = step, time.monotonic(), 0.0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A block that is not part of the steps, such as a validation."""
+        began = time.monotonic()
+        yield
+        self.pause += time.monotonic() - began
+
+    def steps_per_second(self, step: int) -> float:
+        """Of the steps so far, without the pauses."""
+        return (step - self.first) / (time.monotonic() - self.start - self.pause)
+
+    def seconds_left(self, step: int, total: int) -> float:
+        """For the other steps, with pauses as so far."""
+        return (total - step) * (time.monotonic() - self.start) / (step - self.first)
+
+
+def step_line(run: Run, loss: float, speed: float, seconds: float) -> str:
+    """The line of a step. speed: images/s over all ranks. seconds: that are left."""
+    end = datetime.now() + timedelta(seconds=seconds)
+    left = int(seconds)
     return (
         f"epoch {(run.step - 1) // run.per_epoch + 1}/{run.args.epochs}  "
         f"step {run.step}/{run.total}  loss {loss:.4f}  lr {run.lr:.6f}  "
         f"{speed:.1f} images/s  {peak_memory(run.device):.1f} GiB  "
-        f"left {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+        f"left {left // 3600}:{left // 60 % 60:02}:{left % 60:02}, until {end:%H:%M}"
     )
 
 
@@ -96,9 +142,12 @@ def epoch_values(run: Run, line: dict[str, Any]) -> dict[str, Any]:
 
 
 def val_sheet(run: Run) -> Image.Image:
-    """Image, truth and prediction of up to four validation images, with a legend."""
+    """Image, truth and prediction of up to four validation images, with a legend.
+
+    Leaves the network in eval mode.
+    """
     run.net.eval()
-    rows = []
+    rows, truths = [], []
     for i in np.linspace(0, len(run.val) - 1, min(4, len(run.val))).round().astype(int):
         image, label = read(run.val, int(i))
         x = torch.from_numpy(image.transpose(2, 0, 1).copy()).to(run.device)
@@ -106,7 +155,8 @@ def val_sheet(run: Run) -> Image.Image:
         p = predict(run.net, x, factor=factor, amp=AMP[run.args.amp])
         guess = top_class(p, x.shape[1:])[0].cpu().numpy()
         truth = cast(np.ndarray, label)  # this split is validated on, so it has labels
+        truths.append(truth)
         masks = [colorize(ids, run.val.colors) for ids in (truth, guess)]
         rows.append([Image.fromarray(image), *masks])
-    set_mode(run.net, run.args.freeze_bn)
-    return sheet(rows, ("image", "truth", "prediction"), run.val.classes, run.val.colors)
+    legend = with_ignored(run.val.classes, run.val.colors, truths)
+    return sheet(rows, ("image", "truth", "prediction"), *legend)

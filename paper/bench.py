@@ -43,8 +43,9 @@ import dnl
 from paper.bench_loader import loader
 from paper.measure import SOURCE, in_turn, machine, markdown, peak_memory
 from paper.peers import attention
+from ranks import choose_amp, find_device
 from recipe import losses
-from runtime import AMP, InputError, Parser, choose_amp, run_script
+from runtime import AMP, InputError, Parser, add_flags, run_script
 
 SIZE = (48, 48)  # N = 2304: the paper's 768 x 768 at stride 16
 LARGE = ((64, 128), (128, 256))  # N = 8192; N = 32768: an image of 2048 x 4096
@@ -342,6 +343,7 @@ def parse_bench(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--images", type=int, default=8)
     p.add_argument("--crop", type=int, default=768)
     for p in which.choices.values():
+        add_flags(p, "device")
         p.add_argument("--runs", type=int, default=5, help="repetitions; a time is their median")
         p.add_argument("--json", action="store_true", help="one object on the last line")
     args = parser.parse_args(argv)
@@ -354,7 +356,7 @@ def parse_bench(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one benchmark and print its table."""
     args = parse_bench(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = find_device(args.device)
     report: dict[str, Any] = {"machine": machine(device)}
     if args.what == "block":
         report |= block(args.runs, device, args.grow)

@@ -28,11 +28,14 @@ from data import DataSet, base_factor, read
 from decode import decode_image
 from evaluate import predict_ids
 from paper.curves import curves
-from pictures import GAP, colorize, sheet
-from runtime import AMP, InputError, Parser, add_flags, choose_amp, run_script, write_result
+from pictures import GAP, colorize, sheet, with_ignored
+from ranks import choose_amp, find_device
+from runtime import AMP, InputError, Parser, add_flags, run_script, write_result
 
 Pixel = tuple[int, int]  # (x, y)
 Box = tuple[int, int, int]  # (left, top, side)
+DIFFERENT = "white boxes: where the predictions differ most"
+WRONG = "white boxes: where the prediction differs from the truth most"
 
 
 def load(
@@ -192,8 +195,8 @@ def predictions(
 def compare(args: argparse.Namespace, device: torch.device) -> Image.Image:
     """Image, each checkpoint's prediction and the ground truth, if there is one.
 
-    Boxes mark the regions that differ most (Figs. 5 to 9). With --class only the region of that
-    class is shown, without boxes (Fig. 10).
+    Boxes mark the regions that differ most (Figs. 5 to 9), and a line below says so. With --class
+    only the region of that class is shown, without boxes (Fig. 10).
     """
     titles = ["image", *titles_of(args.checkpoints, args.names)]
     dataset, chosen, guesses = predictions(args, device)
@@ -206,7 +209,7 @@ def compare(args: argparse.Namespace, device: torch.device) -> Image.Image:
     if dataset.labelled:
         titles.append("ground truth")
     width = (args.width - GAP) // len(titles) - GAP
-    rows = []
+    rows, masks, note = [], [], ""
     for i, predicted in zip(chosen, zip(*guesses)):
         image, truth = read(dataset, i)
         shown = list(predicted)
@@ -214,13 +217,16 @@ def compare(args: argparse.Namespace, device: torch.device) -> Image.Image:
             shown.append(truth)
         if args.name is None:
             boxes = largest_boxes(disagreement(predicted, truth))
+            if boxes:
+                note = DIFFERENT if len(guesses) > 1 else WRONG
+            masks += shown
             cells = [colorize(ids, colors) for ids in shown]
         else:
             boxes = []
             cells = [region(image, ids == c, colors[0]) for ids in shown]
         cells.insert(0, Image.fromarray(image))
         rows.append([boxed(cell, boxes, width) for cell in cells])
-    return sheet(rows, titles, classes, colors, width)
+    return sheet(rows, titles, *with_ignored(classes, colors, masks), width, note)
 
 
 def titles_of(paths: list[str], names: list[str] | None) -> list[str]:
@@ -245,13 +251,7 @@ def figures_parser() -> Parser:
     p = figures.add_parser("attention", help="A, A', A'' and P_class of chosen pixels")
     p.add_argument("checkpoint")
     p.add_argument("images", nargs="+", metavar="IMAGE")
-    p.add_argument(
-        "--pixel",
-        type=pixel_of,
-        nargs="+",
-        metavar="X,Y",
-        help="(default: two, of different predicted classes)",
-    )
+    p.add_argument("--pixel", type=pixel_of, nargs="+", metavar="X,Y", help="(default: two drawn)")
     p.add_argument("--seed", type=int, default=0, help="of drawn pixels")
     compared = figures.add_parser("compare", help="predictions side by side")
     compared.set_defaults(name=None)
@@ -276,6 +276,7 @@ def figures_parser() -> Parser:
         p.add_argument("--out", default=f"{name}.png", help=text)
         p.add_argument("--width", type=int, default=900, help="in pixels (default: 900)")
         if name != "curves":
+            add_flags(p, "device")
             p.add_argument(
                 "--context",
                 nargs="+",
@@ -307,14 +308,13 @@ def parse_figure(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw one figure."""
     args = parse_figure(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.figure == "curves":
         titles = titles_of(args.runs, args.names)
         picture = curves(args.runs, titles, args.width)
     elif args.figure == "attention":
-        picture = attention(args, device)
+        picture = attention(args, find_device(args.device))
     else:
-        picture = compare(args, device)
+        picture = compare(args, find_device(args.device))
     write_result(Path(args.out), lambda f: picture.save(f, "PNG"))
     print(f"wrote {args.out}, {picture.width}x{picture.height}")
     return 0

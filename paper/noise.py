@@ -30,6 +30,7 @@ from attention import attention_inputs, require_attention
 from checkpoint import base_of, load_network, open_like
 from classes import IGNORE
 from data import DataSet, base_factor, eval_images
+from ranks import find_device
 from runtime import InputError, Parser, parse_flags, print_progress, run_script
 
 MAPS = ("A", "A'", "A''")
@@ -199,7 +200,7 @@ def parse_noise(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="query pixels an image, evenly from its classes (default: 64)",
     )
     p.add_argument("--seed", type=int, default=0, help="of the choice of query pixels")
-    args = parse_flags(p, argv, "data", "root", "split", "context", "workers", "json")
+    args = parse_flags(p, argv, "data", "root", "split", "context", "workers", "device", "json")
     if args.queries < 1 or args.seed < 0:
         raise InputError("--queries must be 1 or more, --seed 0 or more")
     return args
@@ -208,7 +209,7 @@ def parse_noise(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure a checkpoint and print its table."""
     args = parse_noise(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = find_device(args.device)
     net, checkpoint = load_network(args.checkpoint, device, args.context)
     require_attention(net, args.checkpoint)
     dataset = open_like(checkpoint, args.data, args.root, args.split, args.checkpoint)

@@ -35,9 +35,11 @@ import recipe
 from data import open_dataset
 from paper.complexity import complexity, complexity_table
 from paper.measure import markdown
+from ranks import find_device
 from runtime import (
     InputError,
     Parser,
+    add_flags,
     open_lock,
     print_line,
     print_progress,
@@ -91,7 +93,7 @@ class Cell:
     settings: dict[str, Any]
 
     def log(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """The settings and the epochs of log.jsonl; none before the end of the first epoch.
+        """The last settings and the epochs of log.jsonl; none before the end of the first epoch.
 
         InputError: another file of that name.
         """
@@ -99,11 +101,12 @@ class Cell:
         if not path.exists():
             return {}, []
         try:
-            first, *epochs = map(json.loads, path.read_text().splitlines())
-            settings = first["settings"]
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            settings = [line["settings"] for line in lines if "settings" in line][-1]
+            epochs = [line for line in lines if "settings" not in line]
             if type(settings["epochs"]) is not int or not all(map(is_epoch, epochs)):
                 raise ValueError("other values than train.py writes")
-        except (ValueError, KeyError, TypeError, RecursionError) as e:
+        except (ValueError, LookupError, TypeError, RecursionError) as e:
             raise InputError(
                 f"{quote(path)}: not the log of a run ({e}): remove its folder, or choose another "
                 "--out"
@@ -158,7 +161,7 @@ def cells_of(table: str, out: Path, seeds: Sequence[int], flags: Sequence[str]) 
     refuse_own_flags(flags)
     common = recipe.parse_training(flags, world=1)
     data = open_dataset(common.data, common.root, common.split)
-    weights = recipe.read_weights(common.class_weights, data.classes)
+    weights = recipe.read_class_weights(common.class_weights, data.classes)
     cells = []
     for seed in dict.fromkeys(seeds):
         for name in TABLES[table]:
@@ -399,6 +402,7 @@ def tables_parser() -> Parser:
     tables = p.add_subparsers(dest="table", required=True)
     t = tables.add_parser("complexity", help="Table V", allow_abbrev=False)
     t.add_argument("--json", action="store_true", help="also one JSON object, as the last line")
+    add_flags(t, "device")
     for name, what in (("ablation", "Table II"), ("compare", "Tables III and IV")):
         t = tables.add_parser(
             name,
@@ -428,7 +432,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.table == "complexity":
         if flags:
             raise InputError(f"{flags[0]}: not a flag of complexity, which takes only --json")
-        result = complexity(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        result = complexity(find_device(args.device))
         print(complexity_table(result))
         if args.json:
             print(json.dumps(result))

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 import classes
+import pictures
 import synthetic
 from paper import curves, figures
 from paper.test_noise import checkpoint
@@ -119,6 +120,7 @@ def test_every_figure_runs(made, monkeypatch):
     assert np.array_equal(*twice)
     flags = ("--names", "A", "B", "--images", "0", "2")
     compared = run("compare", made / "dnl.pt", made / "nl.pt", *flags, "--out", made / "c.png")
+    assert compared.height == 22 + 2 * 180 + 22 + 6 + 22  # titles, rows, legend, gap, note
     _, label = synthetic.scene("val", 2)
     colors = np.array(classes.palette(8), np.uint8)
     truth = Image.fromarray(colors[label]).resize((217, 174), 0)
@@ -128,6 +130,34 @@ def test_every_figure_runs(made, monkeypatch):
         "region", made / "dnl.pt", "--class", "ball", "--out", made / "r.png", "--width", "700"
     )
     assert abs(out.width - 700) <= 5
+
+
+def test_the_comparison_says_what_boxes_and_black_are(made, monkeypatch):
+    told = []
+
+    def spy(rows, titles, classes, colors, width, note):
+        told.append((classes[-1], colors[-1], note))
+        return pictures.sheet(rows, titles, classes, colors, width, note)
+
+    scene = synthetic.scene
+
+    def ignoring(split, index):
+        image, label = scene(split, index)
+        label[:9] = 255
+        return image, label
+
+    monkeypatch.setattr(figures, "sheet", spy)
+    both = ("compare", made / "dnl.pt", made / "nl.pt", "--images", "0", "--out", made / "c.png")
+    run(*both)
+    monkeypatch.setattr(synthetic, "scene", ignoring)
+    run(*both[:2], *both[3:])
+    run("region", made / "dnl.pt", "--class", "ball", *both[3:])
+    last = (synthetic.CLASSES[-1], classes.palette(8)[-1])
+    assert told == [
+        (*last, "white boxes: where the predictions differ most"),
+        ("(ignored)", (0, 0, 0), "white boxes: where the prediction differs from the truth most"),
+        ("ball", classes.palette(8)[synthetic.CLASSES.index("ball")], ""),
+    ]
 
 
 def test_curves(tmp_path):

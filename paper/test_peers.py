@@ -394,7 +394,7 @@ def train_each_peer(rank, world, port):
         torch.optim.SGD(net.parameters(), 0.01).step()
         assert all(p.isfinite().all() for p in net.parameters()), name
     if world > 1:
-        time.sleep(0.1)  # as in runtime.distributed
+        time.sleep(0.1)  # as in distributed
         torch.distributed.destroy_process_group()
 
 

@@ -6,8 +6,10 @@ import json
 import multiprocessing
 import os
 import socket
+import struct
 import subprocess
 import sys
+import zlib
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -79,6 +81,26 @@ def save(path, array, **options):
 
 def noise(h, w, seed=0, channels=3):
     return RNG(seed).integers(0, 256, (h, w, channels), np.uint8)
+
+
+def png_of_bits(values, depth, kind):
+    """A PNG of samples (H, W, channels) of `depth` bit; kind 0 is grey, 2 is RGB.
+
+    Pillow does not write 2 and 4 bit, nor 3 x 16.
+    """
+    bits = np.unpackbits(values.astype(">u2").view(np.uint8).reshape(*values.shape, 2), axis=3)[
+        ..., 16 - depth :
+    ]
+    rows = np.packbits(bits.reshape(len(values), -1), axis=1)
+    size = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], depth, kind, 0, 0, 0)
+    chunks = (
+        b"IHDR" + size,
+        b"IDAT" + zlib.compress(np.pad(rows, ((0, 0), (1, 0))).tobytes()),
+        b"IEND",
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks
+    )
 
 
 def report_of(capsys, *args):

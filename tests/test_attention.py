@@ -109,7 +109,7 @@ def test_attention_page_by_tiles_and_outside(checkpoint, photo, tmp_path, capsys
     image = torch.from_numpy(blocks(40, 56)).permute(2, 0, 1)
     rows, columns = slice(16, 40), slice(33, 56)  # the lower right of six tiles
     whole, tiled, part = (
-        predict.attention_page(net, i, at, "", device=CPU, side=s)
+        predict.pixel_sheet(net, i, at, "", device=CPU, side=s)
         for i, at, s in (
             (image, (50, 30), 64),
             (image, (50, 30), 32),

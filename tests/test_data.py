@@ -7,6 +7,9 @@ import random
 import re
 import shutil
 import signal
+import struct
+import unicodedata
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +22,7 @@ import check
 import classes
 import data
 import decode
+import predict
 import recipe
 import synthetic
 import train
@@ -55,6 +59,23 @@ def test_classes_and_settings():
         16,
         240,
     )
+
+
+def lab(color):
+    """CIE Lab of an sRGB colour for D65, by the formulas of IEC 61966-2-1 and CIE 15."""
+    r, g, b = (v / 3294.6 if v <= 10.31475 else ((v + 14.025) / 269.025) ** 2.4 for v in color)
+    x = (0.4124564 * r + 0.3575761 * g + 0.1804375 * b) / 0.95047
+    y = 0.2126729 * r + 0.7151522 * g + 0.0721750 * b
+    z = (0.0193339 * r + 0.1191920 * g + 0.9503041 * b) / 1.08883
+    x, y, z = (t ** (1 / 3) if t > (6 / 29) ** 3 else t * 841 / 108 + 4 / 29 for t in (x, y, z))
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+def test_any_two_colours_of_ade20k_differ(ade20k):
+    colors = data.open_dataset("ade20k", ade20k, "train").colors
+    points = [lab(c) for c in ((0, 0, 0), (255, 255, 255), *colors)]
+    assert len(colors) == 150 and classes.palette(20) == colors[:20]
+    assert min(np.linalg.norm(a - b) for i, a in enumerate(points) for b in points[:i]) >= 12
 
 
 def test_cityscapes_all_splits(cityscapes, capsys):
@@ -187,16 +208,64 @@ def test_exif_rotation(tmp_path):
     assert (decode.decode_image(tmp_path / "x.png") == np.rot90(noise(6, 9), -1)).all()
 
 
+def label_of(path, dataset):
+    return decode.decode_label(path, dataset.name, len(dataset.classes), dataset.numbers)
+
+
 def test_label_modes(folder):
     dataset = data.open_dataset("folder", folder, "val")
     ids = RNG(1).choice(np.uint8([0, 1, 2, 255]), (7, 9))
-    palette = Image.fromarray(ids, "L").convert("L").copy()
-    palette.putpalette([9, 9, 9] * 256)  # of one colour: the index counts
-    for stored in (Image.fromarray(ids), palette, Image.fromarray(ids.astype(np.uint16))):
+    palettes = {  # the index counts
+        "of colours": noise(256, 3, 1)[..., 0],
+        "of greys in order": np.arange(256).repeat(3),
+        "of 0 and 7 in VOC's": [0, 0, 0, 128, 128, 128, 128, 128, 128, 1, 2, 3],
+        "of dataset's own": [v for c in dataset.colors for v in c],
+    }
+    for stored in (ids, ids.astype(np.uint16)):
         save(folder / "x.png", stored)
-        assert (decode.decode_label(folder / "x.png", "folder", dataset.colors) == ids).all()
-    save(folder / "x.png", Image.fromarray(ids == 1))
-    assert (decode.decode_label(folder / "x.png", "folder", dataset.colors) == (ids == 1)).all()
+        assert (label_of(folder / "x.png", dataset) == ids).all()
+    for colors in palettes.values():
+        picture = Image.fromarray(ids)
+        picture.putpalette(bytes(np.uint8(colors)).ljust(768, b"\1"))
+        save(folder / "x.png", picture)
+        assert (label_of(folder / "x.png", dataset) == ids).all()
+
+
+def test_colours_as_labels(folder):
+    """RGB labels are read where classes.txt gives each class a colour of its own."""
+    (folder / "classes.txt").write_text("a 9 9 9\n(ignored) 224 224 192\nb 0 0 0\nc 9 9 10\n")
+    ids = RNG(1).choice(np.uint8([0, 1, 2, 255]), (30, 40))
+    table = np.zeros((256, 4), np.uint8)
+    table[[0, 1, 2, 255]] = (9, 9, 9, 255), (0, 0, 0, 255), (9, 9, 10, 255), (224, 224, 192, 255)
+    for channels in (3, 4):
+        save(folder / LABEL, table[ids][..., :channels])
+        dataset = data.open_dataset("folder", folder, "train")
+        assert dataset.classes == ("a", "b", "c") and dataset.colors[1] == (0, 0, 0)
+        assert (data.read(dataset, 1)[1] == ids).all()
+    (folder / "classes.txt").write_text("a 9 9 9\nb 0 0 0\nc 9 9 10\n")
+    n = (ids == 255).sum()
+    dataset = data.open_dataset("folder", folder, "train")
+    line = f"{folder / LABEL}: .* {n} pixels of the colour 224 224 192; .*`.ignored. R G B`"
+    with pytest.raises(InputError, match=line):
+        data.read(dataset, 1)
+    for lacking in ("a 9 9 9\nb 0 0 0\nc\n", "a 9 9 9\nb 0 0 0\nc 0 0 0\n"):
+        (folder / "classes.txt").write_text(lacking)
+        dataset = data.open_dataset("folder", folder, "train")
+        with pytest.raises(
+            InputError, match=r"give each class a colour of its own in classes\.txt"
+        ):
+            data.read(dataset, 1)
+
+
+def test_a_new_colour_in_the_class_list_makes_a_new_copy(folder, tmp_path):
+    """Of labels that are saved as colours, the list decides what the copy holds."""
+    save(folder / "classes.txt.png", noise(2, 2))  # beside the data: no part of it
+    for path in (folder / "labels").rglob("*.png"):
+        save(path, np.uint8([(1, 1, 1), (2, 2, 2)])[RNG(0).integers(0, 2, (30, 40))])
+    for text, first in (("a 1 1 1\nb 2 2 2\n", 0), ("a 2 2 2\nb 1 1 1\n", 1)):
+        (folder / "classes.txt").write_text(text)
+        dataset = data.open_dataset("folder", folder, "val", tmp_path / "cache")
+        assert (data.read(dataset, 0)[1] == RNG(0).integers(0, 2, (30, 40)) ^ first).all()
 
 
 def test_wrong_values_by_data_set(cityscapes, ade20k, folder):
@@ -206,8 +275,61 @@ def test_wrong_values_by_data_set(cityscapes, ade20k, folder):
     ):
         save(folder / "x.png", np.full((2, 2), value, np.uint8))
         with pytest.raises(InputError, match=f"out of range: {value}; .*{words}"):
-            colors = data.open_dataset(name, root, "train").colors
-            decode.decode_label(folder / "x.png", name, colors)
+            label_of(folder / "x.png", data.open_dataset(name, root, "train"))
+
+
+def png_chunk(kind, content):
+    crc = zlib.crc32(kind + content)
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
+
+
+def test_metadata_costs_no_pixels(tmp_path):
+    """Texts and a profile above Pillow's limits, before and after the pixels; broken EXIF."""
+    path = tmp_path / "x.png"
+    save(path, noise(6, 9))
+    raw = path.read_bytes()
+    long = zlib.compress(bytes(3_000_000))
+    for chunk in (
+        png_chunk(b"zTXt", b"notes\0\0" + long),
+        png_chunk(b"iTXt", b"notes\0\1\0\0\0" + long),
+        png_chunk(b"iCCP", b"profile\0\0" + long),
+        png_chunk(b"eXIf", b"MM\0*\0\0\0\x08\xff\xff broken"),
+        png_chunk(b"eXIf", b"no EXIF at all"),
+    ):
+        for place in (33, len(raw) - 12):
+            path.write_bytes(raw[:place] + chunk + raw[place:])
+            assert (decode.decode_image(path) == noise(6, 9)).all()
+            assert decode.header(path) == ("RGB", False)
+    save(tmp_path / "x.webp", noise(6, 9), lossless=True, exif=b"Exif\0\0no EXIF at all")
+    assert (decode.decode_image(tmp_path / "x.webp") == noise(6, 9)).all()
+
+
+def tiff_of_16_bit(path, pixels, planar):
+    """An uncompressed RGB TIFF, which Pillow does not write, of pixels (H, W, 3) uint16."""
+    H, W, _ = pixels.shape
+    data, size, start = pixels.tobytes(), pixels.nbytes, 160
+    tags = [(256, W), (257, H), (259, 1), (262, 2), (277, 3), (278, H), (284, 2 if planar else 1)]
+    rows = [(tag, 3, 1, value) for tag, value in tags] + [(258, 3, 3, 134)]
+    if planar:
+        data = pixels.transpose(2, 0, 1).tobytes()
+        rows += [(273, 4, 3, 140), (279, 3, 3, 152)]
+    else:
+        rows += [(273, 4, 1, start), (279, 4, 1, size)]
+    head = b"II*\0\x08\0\0\0" + struct.pack("<H", len(rows))
+    head += b"".join(struct.pack("<HHII", *row) for row in sorted(rows)) + bytes(4)
+    bits = struct.pack("<3H", 16, 16, 16)
+    offsets = struct.pack("<3I", *(start + i * size // 3 for i in range(3)))
+    counts = struct.pack("<3H", *[size // 3] * 3)
+    path.write_bytes(head.ljust(134, b"\0") + bits + offsets + counts.ljust(8, b"\0") + data)
+
+
+def test_16_bit_colours_are_refused(tmp_path):
+    """Pillow would keep the high byte, which is 0..15 in pixels of 12 bit."""
+    pixels = RNG(0).integers(0, 4096, (6, 9, 3)).astype("<u2")
+    for planar in (False, True):
+        tiff_of_16_bit(tmp_path / "x.tif", pixels, planar)
+        with pytest.raises(InputError, match=r"x\.tif: got colours of 16 bit; expected 8 bit"):
+            decode.decode_image(tmp_path / "x.tif")
 
 
 def test_linked_folders(cityscapes, tmp_path):
@@ -282,6 +404,29 @@ def test_a_split_that_is_not_there(folder):
         InputError, match=r"images/test: no such folder; .* name another split, or add this one"
     ):
         data.open_dataset("folder", folder, "test")
+
+
+def test_names_that_differ_in_unicode_form_are_pairs(folder):
+    """As a Mac writes the one and Windows the other: Straße é."""
+    for kind, form in (("images", "NFC"), ("labels", "NFD")):
+        name = unicodedata.normalize(form, "Stra\u00dfe \u00e9.png")
+        (folder / kind / "val/a 1.png").rename(folder / kind / "val" / name)
+    dataset = data.open_dataset("folder", folder, "val")
+    assert len(dataset) == 2 and (data.read(dataset, 0)[0] == noise(30, 40, 1)).all()
+
+
+@pytest.mark.parametrize("name", [".ipynb_checkpoints", ".Trash-1000", "@eaDir", "__MACOSX"])
+def test_folders_of_a_system_are_no_data(folder, ade20k, tmp_path, name):
+    save(folder / f"images/train/{name}/b.png", noise(3, 3))
+    save(folder / f"labels/train/deeper/{name}/c.png", np.zeros((3, 3), np.uint8))
+    save(folder / "images/train/._a 0.png", noise(3, 3))
+    assert len(data.open_dataset("folder", folder, "train")) == 3
+    root = shutil.copytree(ade20k, tmp_path / "ade")
+    save(root / f"images/training/{name}/ADE_train_1.jpg", noise(3, 3))
+    (root / "images/training/empty").mkdir()
+    assert len(data.open_dataset("ade20k", root, "train")) == 4
+    found, others = predict.find_images([folder / "images/train"], tmp_path / "out")
+    assert len(found) == 3 and not others
 
 
 def test_odd_names(folder):
@@ -367,6 +512,22 @@ def test_color_jitter_equals_loops():
         and draws[:, 3].abs().max() <= 0.05
         and draws.std(0).min() > 0.02
     )
+
+
+def test_padding_is_no_colour():
+    """It is 0 after normalising, and does not count in the mean that contrast is about."""
+    factors = torch.stack([data.draw_jitter(RNG(i)) for i in range(2)])
+    part = torch.from_numpy(noise(9, 7)).permute(2, 0, 1)
+    padded = torch.tensor(data.PAD, dtype=torch.uint8).view(3, 1, 1).repeat(2, 1, 16, 16)
+    padded[0, :, :9, :7] = part
+    padded[1, :, :9, 9:] = part.flip(2)  # as of a flipped sample
+    out = data.normalize(data.color_jitter(padded, factors))
+    plain = data.normalize(data.color_jitter(torch.stack([part, part.flip(2)]), factors))
+    assert torch.allclose(out[0, :, :9, :7], plain[0], atol=1e-5)
+    assert torch.allclose(out[1, :, :9, 9:], plain[1], atol=1e-5)
+    assert (out != 0).any(1).sum() == 2 * 9 * 7
+    nothing = data.color_jitter(padded[:1, :, 10:], factors[:1])
+    assert not data.normalize(nothing).any()
 
 
 def noise_tensor():
@@ -482,7 +643,7 @@ def test_workers_hand_on_errors(folder, workers):
         (lambda p: save(p, np.zeros((30, 40), np.uint8)), "changed since"),  # whole, but another
         (lambda p: os.utime(p, ns=(0, 10**9)), "changed since"),
         # A worker that has just read the whole file says that it has changed since.
-        (lambda p: p.unlink(), "(cannot be read .no such file|changed since)"),
+        (lambda p: p.unlink(), "(cannot be read .[Nn]o such file|changed since)"),
         (halve, "(cannot be read|changed since)"),
     ],
 )

@@ -1,6 +1,8 @@
-"""evaluate.py: confusion, scores, the table, windows, scales, flips; the command on some ranks."""
+"""evaluate.py: windows, scales, flips; the command on some ranks, and the files it writes."""
 
+import csv
 import json
+import re
 import shutil
 import weakref
 from dataclasses import replace
@@ -16,37 +18,10 @@ from PIL import Image
 import checkpoint
 import data
 import evaluate
-import pictures
 import runtime
 import train
 from dnl import PAPER, build
-
-
-def test_confusion_and_scores():
-    rng = np.random.default_rng(1)
-    guess, label = rng.integers(0, 4, (30, 20)), rng.integers(0, 3, (30, 20))
-    label[:5] = 255
-    counts = np.zeros((4, 4), int)
-    for g, t in zip(guess.ravel(), label.ravel()):
-        if t != 255:
-            counts[t, g] += 1
-    m = evaluate.confusion(torch.from_numpy(guess), torch.from_numpy(label).byte(), 4)
-    assert (m.numpy() == counts).all() and m.dtype == torch.int64
-    r = evaluate.scores(torch.tensor([[3, 1, 0], [2, 4, 0], [0, 0, 0]]))
-    assert (
-        r["iou"] == [3 / 6, 4 / 7, None]
-        and r["miou"] == (3 / 6 + 4 / 7) / 2
-        and r["accuracy"] == 0.7
-    )
-    assert evaluate.scores(torch.zeros(2, 2)) == {
-        "miou": None,
-        "accuracy": None,
-        "iou": [None, None],
-    }
-    assert evaluate.scores(torch.tensor([[1, 1], [0, 0]]))["iou"] == [
-        0.5,
-        0.0,
-    ]  # predicted but never true counts
+from ranks import to_device
 
 
 @pytest.mark.parametrize(
@@ -70,36 +45,6 @@ class Linear(torch.nn.Module):
         return torch.einsum("nc,bchw->bnhw", w, x) + x.mean((1, 2, 3))[
             :, None, None, None
         ] * torch.tensor([1.0, 0]).view(1, 2, 1, 1)
-
-
-def test_the_table_tells_of_classes_that_are_nowhere():
-    lines = evaluate.iou_table(
-        {"iou": [0.5, None], "miou": 0.5, "accuracy": 0.75}, ("road", "car")
-    ).splitlines()
-    assert [line.split() for line in lines[1:3]] == [
-        ["road", "50.00"],
-        ["car", "-"],
-    ] and "not in the mean" in lines[-1]
-    assert "not in the mean" not in evaluate.iou_table(
-        {"iou": [0.5], "miou": 0.5, "accuracy": 0.75}, ("road",)
-    )
-
-
-@pytest.mark.parametrize("size", [10, 14, 24])
-def test_titles_are_cut_to_their_picture(size):
-    font = pictures.load_font(size)
-    for text in ("", "short", "a very long name of a checkpoint in a folder, best.pt"):
-        cut = pictures.shorten(text, font, 120)
-        assert font.getlength(cut) <= 120
-        assert cut == text or (cut.endswith("...") and text.startswith(cut[:-3]))
-    row = [[Image.new("RGB", (50, 50))] * 2]
-    long = pictures.sheet(row, ("x" * 300, "b"), ("c" * 300, "d"), ((1, 2, 3), (4, 5, 6)), 150)
-    assert (
-        long.size
-        == pictures.sheet(row, ("x" * 200, "b"), ("c" * 200, "d"), ((1, 2, 3), (4, 5, 6)), 150).size
-    )
-    second = np.asarray(long)[:22, 6 + 150 :]  # the gap, and the second title
-    assert (second[:, :6] == 255).all() and (second < 128).any()
 
 
 def test_evaluation_keeps_no_image(monkeypatch):
@@ -160,7 +105,9 @@ def test_evaluate_prints_the_figure_of_training_on_any_number_of_ranks(
     run_folder, street, tmp_path, capsys
 ):
     last = json.loads((run_folder / "log.jsonl").read_text().splitlines()[-1])
-    assert evaluate.main([str(run_folder / "last.pt"), "--json", "--workers", "0"]) == 0
+    table = tmp_path / "new" / "1.csv"
+    flags = ["--json", "--workers", "0", "--images", str(table)]
+    assert evaluate.main([str(run_folder / "last.pt"), *flags]) == 0
     results = [json.loads(capsys.readouterr().out.splitlines()[-1])]
     for n in (2, 3):
         status, texts = ranks(
@@ -170,15 +117,87 @@ def test_evaluate_prints_the_figure_of_training_on_any_number_of_ranks(
             "--json",
             "--workers",
             1,
+            "--images",
+            tmp_path / f"{n}.csv",
             said=tmp_path / "said",
         )
         assert status == [0] * n, texts
+        assert (tmp_path / f"{n}.csv").read_bytes() == table.read_bytes()
         results.append(json.loads(texts[0].splitlines()[-1]))
     assert results[0] == results[1] == results[2]
     assert (results[0]["miou"], results[0]["accuracy"]) == (last["miou"], last["accuracy"])
     labels = [np.asarray(Image.open(p)) for p in (street / "labels" / "val").iterdir()]
     assert np.sum(results[0]["confusion"]) == sum(int((x != 255).sum()) for x in labels)
-    assert results[0]["images"] == 5
+    assert results[0]["images"] == 5 and len(table.read_text().splitlines()) == 6
+
+
+def test_scores_and_files_are_those_of_counted_pixels(run_folder, street, tmp_path, capsys):
+    files = {name: tmp_path / name for name in ("a.csv", "b.PNG")}
+    flags = ["--all", "--json", "--images", files["a.csv"], "--confusion", files["b.PNG"]]
+    assert evaluate.main([str(run_folder / "last.pt"), "--workers", "0", *map(str, flags)]) == 0
+    *lines, told = capsys.readouterr().out.splitlines()
+    told = json.loads(told)
+    net, _ = checkpoint.load_network(run_folder / "last.pt", CPU)
+    names, total, rows = ("red", "green", "blue"), np.zeros((3, 3), int), []
+    for path in (street / "images" / "val").iterdir():
+        image = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
+        guess = evaluate.predict(net, image).argmax(0).numpy()
+        label = np.asarray(Image.open(street / "labels" / "val" / path.name))
+        matrix = np.zeros((3, 3), int)
+        for t, g in zip(label.ravel(), guess.ravel()):
+            if t != 255:
+                matrix[t, g] += 1
+        total += matrix
+        iou = {}
+        for c in range(3):
+            union = matrix[c].sum() + matrix[:, c].sum() - matrix[c, c]
+            iou[names[c]] = matrix[c, c] / union
+        accuracy = matrix.trace() / matrix.sum()
+        rows.append((sum(iou.values()) / 3, accuracy, min(iou.values()), iou, path))
+    with open(files["a.csv"], newline="", encoding="utf-8") as f:
+        head, *written = csv.reader(f)
+    assert head == ["image", "mIoU", "accuracy", "worst class"]
+    rows.sort(key=lambda row: row[0])
+    for (miou, accuracy, least, iou, path), row in zip(rows, written, strict=True):
+        assert row[0] == str(path) and iou[row[3]] == least
+        assert [float(x) for x in row[1:3]] == pytest.approx([miou, accuracy], rel=1e-12)
+    assert told["confusion"] == total.tolist()
+    for c, name in enumerate(names):
+        hit, true, guessed = total[c, c], total[c].sum(), total[:, c].sum()
+        assert told["precision"][name] == (hit / guessed if guessed else None)
+        assert told["recall"][name] == hit / true
+        assert told["dice"][name] == 2 * hit / (true + guessed)
+        assert f"{200 * hit / (true + guessed):.2f}" in lines[1 + c]
+    with Image.open(files["b.PNG"]) as picture:
+        assert picture.format == "PNG"
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (["--images", "a.png"], r"a\.png: expected the name of a \.csv file"),
+        (["--confusion", "a.csv"], r"a\.csv: expected the name of a \.png file"),
+    ],
+)
+def test_names_of_files_are_checked_first(flags, told):
+    with pytest.raises(runtime.InputError, match=told):
+        evaluate.main(["absent.pt", *flags])
+
+
+def test_files_that_cannot_be_written_leave_the_scores(run_folder, tmp_path, capsys):
+    (tmp_path / "a.csv").mkdir()
+    with pytest.raises(runtime.InputError, match=r"a\.csv: cannot be written .*write elsewhere"):
+        evaluate.main([str(run_folder / "last.pt"), "--images", str(tmp_path / "a.csv")])
+    assert "mIoU" in capsys.readouterr().out and [*tmp_path.iterdir()] == [tmp_path / "a.csv"]
+
+
+def test_a_folder_offers_its_best_checkpoint(run_folder, tmp_path):
+    best = run_folder / "best.pt"
+    told = f"{run_folder} is a folder: did you mean {best}?"
+    with pytest.raises(runtime.InputError, match=f"^{re.escape(told)}$"):
+        evaluate.main([str(run_folder)])
+    with pytest.raises(runtime.InputError, match="not a readable checkpoint"):
+        evaluate.main([str(tmp_path)])
 
 
 def test_split_without_ground_truth(run_folder, street, tmp_path):
@@ -268,7 +287,6 @@ def test_training_and_evaluate_feed_ade20k_at_the_crop(scenes, tmp_path, capsys,
     assert fed == [(64, 85)] * 3 and same["base"] == 64
     assert (same["miou"], same["accuracy"]) == (last["miou"], last["accuracy"])
     assert scored("--base", "128")["base"] == 128 and fed == [(128, 170), (128, 171), (128, 171)]
-    assert scored("--base", "0")["base"] == 0 and fed == [*SIZES.values()]
     scored("--scales", "0.5", "1.5", "--crop", "32")
     assert {*fed} == {(32, 32)}
 
@@ -369,7 +387,7 @@ def test_narrow_views_on_a_cpu_are_fp32():
     assert [dtype for *_, dtype in net.fed] == [torch.float32] * 3 + [torch.bfloat16] * 2
     net = build(replace(PAPER, num_classes=5, backbone="resnet18", channels=32)).eval()
     torch.nn.init.normal_(net.head[-1].weight, std=3.0)
-    runtime.to_device(net, CPU)
+    to_device(net, CPU)
     for side in range(1, 13):
         for size in ((40, side), (side, 40)):
             image = torch.from_numpy(noise(*size, side)).permute(2, 0, 1)

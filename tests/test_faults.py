@@ -4,9 +4,7 @@ import io
 import os
 import re
 import signal
-import struct
 import zipfile
-import zlib
 from collections import Counter
 from dataclasses import asdict, replace
 from functools import partial
@@ -15,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import RNG, noise, save
-from PIL import Image, ImageOps
+from helpers import RNG, noise, png_of_bits, save
+from PIL import Image
 from torch import nn
 
 import checkpoint
@@ -104,26 +102,6 @@ def written(picture, **options):
     return file.getvalue()
 
 
-def png_of_bits(values, depth, kind):
-    """A PNG of samples (H, W, channels) of `depth` bit; kind 0 is grey, 2 is RGB.
-
-    Pillow does not write 2 and 4 bit, nor 3 x 16.
-    """
-    bits = np.unpackbits(values.astype(">u2").view(np.uint8).reshape(*values.shape, 2), axis=3)[
-        ..., 16 - depth :
-    ]
-    rows = np.packbits(bits.reshape(len(values), -1), axis=1)
-    size = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], depth, kind, 0, 0, 0)
-    chunks = (
-        b"IHDR" + size,
-        b"IDAT" + zlib.compress(np.pad(rows, ((0, 0), (1, 0))).tobytes()),
-        b"IEND",
-    )
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks
-    )
-
-
 MODES = {  # of each format, that Pillow keeps without loss
     "PNG": ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"),
     "BMP": ("1", "L", "P", "RGB"),
@@ -183,13 +161,10 @@ def drawn_image(rng, h, w, mode, form, turn):
 
 
 def drawn_bits(rng, h, w):
-    """As drawn_image, with the depths that Pillow does not write.
-
-    Grey is scaled to 255; of 16 bit the high byte counts.
-    """
+    """As drawn_image, with the depths that Pillow does not write. Grey is scaled to 255."""
     depth, kind = ((2, 0), (4, 0), (16, 2))[rng.integers(3)]
     values = rng.integers(0, 2**depth, (h, w, 3 if kind else 1))
-    shown = values // 256 if kind else (values * 255 // (2**depth - 1)).repeat(3, 2)
+    shown = None if kind else (values * 255 // (2**depth - 1)).repeat(3, 2)
     return png_of_bits(values, depth, kind), shown
 
 
@@ -232,7 +207,12 @@ def test_mutated_images(tmp_path):
         if (changed and form != "PNG") or right is ...:
             with Image.open(io.BytesIO(path.read_bytes())) as image:
                 image.info.pop("transparency", None)
-                right = second = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+                pixels = np.asarray(image.convert("RGB"))
+                try:
+                    seen = image.getexif().get(0x0112)
+                except Exception:  # a broken block costs no pixels
+                    seen = 1
+                right = second = UPRIGHT.get(seen, UPRIGHT[1])(pixels)
         near = 1 if mode == "CMYK" else 0
         assert any(
             got.shape == r.shape and np.abs(got - r.astype(int)).max() <= near
@@ -252,41 +232,80 @@ LABEL_VALUES = {  # of each data set: stored value to train id, those that may b
 }
 
 
+STORES = (  # how a label is saved; the first seven are drawn most
+    "L",
+    "P",
+    "I;16",
+    "palette of greys",
+    "class colours",
+    "palette of class colours",
+    "LA",
+    "1",
+    "RGB",
+    "RGBA",
+    "blurred",
+    "JPEG",
+    "TIFF",
+    "BMP",
+    "grey of 2",
+    "grey of 4",
+    "other size",
+)
+CLASS_COLORS = {0: (255, 0, 0), 1: (0, 255, 0), 2: (0, 0, 255), 255: (255, 255, 255)}
+
+
 def drawn_label(rng, h, w, name, store):
     """(bytes, their train ids, or None to be refused)."""
     values = rng.choice(list(LABEL_VALUES[name]), (h, w))
-    for _ in range(rng.integers(3) if store in ("L", "P", "I;16") else 0):
-        values[rng.integers(h), rng.integers(w)] = rng.integers(-1, 2**16) % (
-            2**16 if store == "I;16" else 256
-        )
-    if store in ("grey of 2", "grey of 4"):
-        return png_of_bits(values[..., None] % 4, int(store[-1]), 0), None
-    values = values % 2 if store == "1" else values
-    picture = Image.fromarray(values.astype({"1": bool, "I;16": np.uint16}.get(store, np.uint8)))
+    for _ in range(rng.integers(3) if store in ("L", "P", "I;16", "class colours") else 0):
+        top = 2**16 if store == "I;16" else 256
+        values[rng.integers(h), rng.integers(w)] = rng.integers(-1, 2**16) % top
+    legal = set(values.ravel().tolist()) <= set(LABEL_VALUES[name])
+    stored = values.astype(np.uint16 if store == "I;16" else np.uint8)
+    picture = Image.fromarray(stored)
     if store == "P":
         picture.putpalette(rng.bytes(768))
+    elif store == "palette of greys":  # as an optimiser makes it, in order or not
+        used = np.unique(values) if rng.integers(2) else rng.permutation(np.unique(values))
+        if rng.integers(3) == 0:  # in the order of all greys: what it was
+            used = np.arange(256)
+        picture = Image.fromarray(
+            np.argsort(used).astype(np.uint8)[np.searchsorted(np.sort(used), values)]
+        )
+        picture.putpalette(bytes(used.astype(np.uint8).repeat(3)))
+        legal = len(used) == 256 or used.tolist() == list(range(len(used)))
+    elif "class colours" in store:
+        table = noise(256, 3, rng)[..., 0] | 1  # of numbers without a class: odd, and so no colour
+        table[list(CLASS_COLORS)] = list(CLASS_COLORS.values())
+        if "palette" not in store:
+            picture = Image.fromarray(table[stored])
+            legal &= name == "folder"
+        else:
+            if swapped := rng.integers(2) > 0:
+                table[[0, 1]] = table[[1, 0]]
+            picture.putpalette(table.tobytes())
+            legal &= not (swapped and name == "folder" and (values < 2).any())
     elif store == "blurred":
-        picture = Image.fromarray(noise(h + 4, w + 4, rng)[..., 0]).resize(
-            (w, h), Image.Resampling.BILINEAR
-        )
+        size = (w, h)
+        large = Image.fromarray(noise(h + 4, w + 4, rng)[..., 0])
+        picture = large.resize(size, Image.Resampling.BILINEAR)
         values = np.asarray(picture)
-    elif store in ("RGB", "RGBA", "LA", "RGB of classes"):
-        picture = (
-            Image.fromarray(np.uint8([(255, 0, 0), (0, 255, 0)])[values % 2])
-            if "of" in store
-            else picture.convert(store)
-        )
+        legal = set(values.ravel().tolist()) <= set(LABEL_VALUES[name])
+    elif store == "1":
+        picture = Image.fromarray(values % 2 > 0)
+    elif store == "other size":
+        picture = picture.resize((w, h + 1), Image.Resampling.NEAREST)
+    elif store in ("RGB", "RGBA", "LA"):
+        picture = picture.convert(store)
     form = store if store in ("JPEG", "TIFF", "BMP") else "PNG"
-    size = values.shape if store != "other size" else (h + 1, w)
-    allowed = store in ("L", "P", "1", "I;16", "blurred") and set(values.ravel().tolist()) <= set(
-        LABEL_VALUES[name]
-    )
-    picture = (
-        picture.resize(size[::-1], Image.Resampling.NEAREST) if store == "other size" else picture
-    )
-    table = np.zeros(2**16, np.uint8)
-    table[list(LABEL_VALUES[name])] = list(LABEL_VALUES[name].values())
-    return written(picture, format=form), table[values] if allowed else None
+    raw = written(picture, format=form)
+    if store in ("grey of 2", "grey of 4"):
+        raw = png_of_bits(values[..., None] % 4, int(store[-1]), 0)
+    readable = store in ("L", "P", "I;16", "palette of greys", "class colours")
+    readable |= store in ("palette of class colours", "blurred")
+    if not (readable and legal):
+        return raw, None
+    return raw, np.vectorize(LABEL_VALUES[name].get)(values).astype(np.uint8)
 
 
 def test_mutated_labels(tmp_path):
@@ -295,41 +314,17 @@ def test_mutated_labels(tmp_path):
     With a value that is not allowed it is always refused.
     """
     path, counts = tmp_path / "a label", Counter()
-    sets = {
-        name: data.DataSet(
-            name,
-            "train",
-            *(
-                (("a", "b", "c"), ((255, 0, 0), (0, 255, 0), (0, 0, 255)))
-                if name == "folder"
-                else classes.classes_of(name, Path())
-            ),
-            (),
-        )
-        for name in LABEL_VALUES
-    }
-    stores = (
-        "L",
-        "L",
-        "P",
-        "1",
-        "I;16",
-        "RGB",
-        "RGBA",
-        "LA",
-        "RGB of classes",
-        "blurred",
-        "JPEG",
-        "TIFF",
-        "BMP",
-        "grey of 2",
-        "grey of 4",
-        "other size",
-    )
+    sets = {}
+    for name in LABEL_VALUES:
+        found = classes.classes_of(name, Path()) if name != "folder" else None
+        names = found.names if found else ("a", "b", "c")
+        sets[name] = data.DataSet(name, "train", names, (), ())
+    numbers = {color: number for number, color in CLASS_COLORS.items()}
+    sets["folder"] = replace(sets["folder"], numbers=numbers)
     for number in range(CASES):
         rng = RNG((4, number))
         (h, w), name = rng.integers(2, 40, 2), list(sets)[rng.integers(3)]
-        store = stores[rng.integers(len(stores)) if number % 2 else rng.integers(5)]
+        store = STORES[rng.integers(len(STORES) if number % 2 else 7)]
         (raw, right), (other, second) = (
             drawn_label(RNG((s, number)), h, w, name, store) for s in (5, 6)
         )
@@ -349,23 +344,34 @@ def test_mutated_labels(tmp_path):
 
 
 def parsed_classes(raw):
-    """classes.txt by one regular expression: [(name, colour or None)], or None to be refused."""
+    """classes.txt by regular expressions: names, {name: colour or None}, or None to be refused."""
     try:
         text = raw.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError:
         return None
-    lines = [line.strip() for line in text.split("\n")]
-    rows = [
-        re.fullmatch(
-            r"(?:(.*\S)\s+)?(-?[0-9]+)\s+(-?[0-9]+)\s+(-?[0-9]+)|(.*)", line, re.S
-        ).groups()
-        for line in lines
-        if line and line[0] != "#"
-    ]
-    names, colors = [r[4] or r[0] or "" for r in rows], [r[1:4] if r[1] else None for r in rows]
-    legal = 0 < len(names) == len(set(names)) < 256 and all(n and n.isprintable() for n in names)
-    legal = legal and all(len(v) < 4 and 0 <= int(v) <= 255 for c in colors if c for v in c)
-    return list(zip(names, [c and tuple(map(int, c)) for c in colors])) if legal else None
+    rows = []
+    number = r"(?:^|(?<=[\s,:;=|(){}\[\]\"']))[-+]?[0-9]+(?:\.[0-9]*)?(?=[\s,:;=|(){}\[\]\"']|$)"
+    for line in map(str.strip, text.split("\n")):
+        if not line or line[0] == "#":
+            continue
+        of_colour = re.fullmatch(r"(.*\S)\s+(\S+)\s+(\S+)\s+(\S+)", line, re.S)
+        found = re.findall(number, line)
+        if line == "__ignore__" or re.search(r"\b(r|red)\W+(g|green)\W+(b|blue)\b", line, re.I):
+            return None
+        if len(found) < 3:
+            rows.append((line, None))
+        elif of_colour and list(of_colour.groups()[1:]) == found:
+            if not all(re.fullmatch("[0-9]{1,3}", v) and int(v) < 256 for v in found):
+                return None
+            rows.append((of_colour[1], tuple(map(int, found))))
+        else:
+            return None
+    names = dict(rows)
+    if len(names) < len(rows) or not all(n.isprintable() for n in names):
+        return None
+    if "(ignored)" in names and names["(ignored)"] is None:
+        return None
+    return names if 1 < len(names.keys() - {"(ignored)"}) < 256 else None
 
 
 CLASS_LINES = [
@@ -396,6 +402,17 @@ CLASS_LINES = [
     "tree 1 1 1",
     "é",
     "e\u0301",
+    "(ignored) 1 1 1",
+    "(ignored)",
+    "__ignore__",
+    "name,r,g,b",
+    "Name Red Green Blue",
+    "a:1,2,3::",
+    "road,1,2,3",
+    "1 2 3 road",
+    "road (1, 2, 3)",
+    "road 0.5 0.5 1.",
+    "lane 2 of 3",
 ]
 ENCODINGS = ("utf-8", "utf-8", "utf-8", "utf-8-sig", "utf-16", "utf-32", "cp1251", "utf-7")
 
@@ -405,7 +422,7 @@ def test_mutated_class_lists(tmp_path):
     for number in range(CASES):
         rng = RNG((7, number))
         many = int(rng.integers(240, 260)) if number % 10 == 0 else 0
-        lines = [f"class {i} {i} {i} {i}" if number % 20 else f"class {i}" for i in range(many)]
+        lines = [f"class_{i} {i} {i} {i}" if number % 20 else f"class {i}" for i in range(many)]
         lines += [
             CLASS_LINES[i]
             for i in rng.integers(0, len(CLASS_LINES) if number % 2 else 8, rng.integers(0, 6))
@@ -424,11 +441,14 @@ def test_mutated_class_lists(tmp_path):
         counts["refused" if got is None else "correct"] += 1
         assert (got is None) == (right is None), f"class list {number}: {got} for {right}"
         if got is not None:
-            names, colors = zip(*right)
-            assert got[0] == names and len(got[1]) == len(names), f"class list {number}"
-            assert all(c == (d or defaults[i]) for i, (c, d) in enumerate(zip(got[1], colors))), (
-                f"class list {number}"
-            )
+            ignored = right.pop("(ignored)", None)
+            given = [*right.values()]
+            once = {c: i for i, c in enumerate(given) if c and [*given, ignored].count(c) == 1}
+            if ignored and ignored not in given:
+                once[ignored] = 255
+            assert got.names == tuple(right) and got.numbers == once, f"class list {number}"
+            colors = tuple(c or d for c, d in zip(given, defaults))
+            assert got.colors == colors, f"class list {number}"
     settled("class lists", counts)
 
 

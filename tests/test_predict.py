@@ -12,7 +12,6 @@ from PIL import Image
 from torch import nn
 
 import evaluate
-import pictures
 import predict
 from checkpoint import load_network
 from classes import ADE20K, CITYSCAPES
@@ -94,20 +93,14 @@ def test_mask_overlay_confidence(checkpoint, photo, tmp_path):
     assert np.array(mask.getpalette()[:15]).reshape(5, 3).tolist() == saved["colors"]
     assert grey.mode == "L" and np.abs(np.array(grey) - 255 * p.amax(0).numpy()).max() < 0.51
     over = np.asarray(Image.open(tmp_path / "o" / "photo_overlay.png")).astype(int)
-    half = (blocks(40, 56).astype(int) + np.array(saved["colors"])[np.array(mask)]) / 2
-    found = any(
-        np.abs(over[y : y + 40, x : x + 56] - half).max() <= 1 for y in range(30) for x in range(12)
-    )
-    assert found and over.shape[0] > 60  # the picture as it is, and a legend
-
-
-def test_an_overlay_keeps_the_shape_of_a_tall_photograph():
-    """Up to 2048 pixels are not squeezed: the lowest row of the picture is the photograph's."""
-    image, ids = torch.zeros(1900, 300, 3, dtype=torch.uint8), np.zeros((1900, 300), np.uint8)
-    image[-1] = 250
-    picture = np.asarray(pictures.overlay(image.numpy(), "t", ids, ["a"], [[0, 0, 0]])).astype(int)
-    (bright,) = (picture[:, 100] == 125).all(1).nonzero()
-    assert len(bright) == 1 and (picture[bright[0] - 1899 : bright[0], 100] == 0).all()
+    over = over[22 : 22 + 40, 6 : 6 + 56]
+    colors = np.array(saved["colors"])[np.array(mask)]
+    full, layer = (np.abs(over - x).max(2) for x in (colors, 0.65 * blocks(40, 56) + 0.35 * colors))
+    ids, border = np.array(mask), np.zeros((40, 56), bool)
+    for y, x in np.ndindex(40, 56):
+        for v, u in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
+            border[y, x] |= 0 <= v < 40 and 0 <= u < 56 and ids[v, u] != ids[y, x]
+    assert full[border].max() == 0 and layer[~border].max() <= 1 and 0 < border.mean() < 0.5
 
 
 def test_exif_is_honoured(checkpoint, photo, tmp_path):
@@ -159,7 +152,7 @@ def test_again_with_results_inside_the_folder(checkpoint, photo):
     [
         ("photo.jpg", [], "both write"),
         ("photo_overlay.jpg", [], "both write"),
-        ("x.png", ["--out", "in"], "overwrite"),
+        ("x.jpg", ["--out", "in"], "--out in: is the folder of the images"),
         ("x.png", ["--out", "link"], "leave"),
     ],
 )
@@ -173,6 +166,35 @@ def test_refused_before_any_work(photo, tmp_path, monkeypatch, other, flags, tol
     with pytest.raises(InputError, match=told) as e:
         predicted("absent.pt", "in", *flags)
     assert "\n" not in str(e.value) and files(tmp_path) == before
+
+
+def test_no_image_is_overwritten(photo):
+    with pytest.raises(InputError, match="would overwrite an image"):
+        predicted("absent.pt", photo, "--out", photo.parent)
+
+
+def test_confidence_stays_data_and_its_scale_is_in_the_overlay(checkpoint, photo, tmp_path):
+    for flags in ([], ["--confidence"]):
+        assert predicted(checkpoint, photo, "--out", tmp_path / str(len(flags)), *flags) == 0
+    plain, scaled = (np.asarray(Image.open(tmp_path / n / "photo_overlay.png")) for n in "01")
+    grey = np.asarray(Image.open(tmp_path / "1" / "photo_confidence.png"))
+    assert grey.shape == (40, 56)
+    assert np.array_equal(plain[:62], scaled[:62]) and len(scaled) == len(plain) + 40 + 22 + 6
+    assert (scaled[68:108, 6:62] == grey[..., None]).all()
+    bar = scaled[118, 6:326].min(1).astype(int)  # the line with the bar, and letters at its left
+    steps = max(np.split(bar, np.flatnonzero(np.diff(bar) < 0) + 1), key=len)  # longest ascent
+    assert len(steps) > 90 and steps[0] < 10 and steps[-1] > 245
+
+
+def test_the_line_of_an_image_says_what_was_written(checkpoint, photo, tmp_path, capsys):
+    Image.fromarray(blocks(80, 96)).save(photo.with_name("large.png"))
+    flags = ("--attention", "60,70", "--confidence")
+    assert predicted(checkpoint, photo.parent, "--out", tmp_path / "o", *flags) == 1
+    line, total = capsys.readouterr().err.splitlines()
+    assert "photo.png: pixel 60,70 is outside" in line
+    assert line.endswith("(3 of its 4 files were written)")
+    assert total.startswith("1 image to ") and total.endswith("1 failed, named above")
+    assert len(files(tmp_path / "o")) == 3 + 4
 
 
 def test_nothing_to_do_is_an_error(tmp_path):
@@ -244,7 +266,7 @@ def test_image_without_result_leaves_the_others(checkpoint, photo, tmp_path, cap
     assert files(tmp_path / "o") == ["photo.png", "photo_overlay.png"]
     told = capsys.readouterr().err.splitlines()
     assert all(f"{n}.png: out of memory: " in line for n, line in zip((41, 42), told))
-    assert all("give --crop" in line for line in told[:2])
+    assert all("--crop 768" in line for line in told[:2])
     assert "43.png: no result (ValueError" in told[2] and "3 failed" in told[3]
     Image.fromarray(blocks(40, 44)).save(photo.with_name("44.png"))
     with pytest.raises(RuntimeError, match="size"):  # not of the image: all of them would fail
@@ -417,19 +439,19 @@ def test_ade20k_is_predicted_at_the_crop_of_its_training(tmp_path, monkeypatch, 
         name = f"ADE_val_{number:>08}"
         save(tmp_path / "validation" / f"{name}.jpg", blocks(*size))
     images = tmp_path / "validation"
-    for flags in (["--attention", "30,20", "--confidence"], ["--format", "ade20k"]):
+    for flags in (["--attention", "30,20", "--page"], ["--format", "ade20k"]):
         fed.clear()
         out = tmp_path / flags[-1]
         assert predicted(path, images, "--out", out, *flags) == 0
-        repeats = 2 if "--attention" in flags else 1  # the maps are of what is fed
+        repeats = 3 if "--attention" in flags else 1  # the maps are of what is fed
         assert fed == [*[(64, 85)] * 3 * repeats, *[(11, 256)] * repeats]
         for number, (h, w) in sizes.items():
             with Image.open(out / f"ADE_val_{number:>08}.png") as mask:
                 assert mask.size == (w, h)
     fed.clear()
-    assert predicted(path, images, "--out", tmp_path / "o", "--base", "0") == 0
-    assert fed[:2] == [(256, 341), (480, 640)] and fed[-1] == (40, 900)
-    assert min(map(min, fed[2:-1])) > 500  # tiles of 1500x2000
+    small = [images / f"ADE_val_{number:>08}.jpg" for number in "03"]
+    assert predicted(path, *small, "--out", tmp_path / "o", "--base", "0") == 0
+    assert fed == [(256, 341), (40, 900)]
     with pytest.raises(InputError, match="--base -1: expected 0 to 8192"):
         predicted(path, images, "--base", "-1")
     for settings in ({"data": "ade20k"}, {"data": "ade20k", "crop": -5}):

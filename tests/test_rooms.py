@@ -8,27 +8,12 @@ import sys
 import pytest
 from helpers import ROOT, run_python
 
-ROOMS = {  # each file: what it may import of the project; CONTRIBUTING.md tells their concerns
-    "dnl": "",
-    "runtime": "",
-    "synthetic": "",
-    "pictures": "",
-    "classes": "runtime synthetic",
-    "decode": "classes runtime",
-    "cache": "runtime",
-    "data": "cache classes decode runtime synthetic",
-    "check": "classes data decode runtime",
-    "checkpoint": "classes data dnl runtime",
-    "recipe": "data dnl runtime",
-    "attention": "classes data dnl pictures runtime",
-    "page": "attention checkpoint data decode dnl pictures runtime",
-    "evaluate": "checkpoint data dnl runtime",
-    "run": "checkpoint data dnl recipe runtime",
-    "watch": "data evaluate pictures recipe run runtime",
-    "train": "checkpoint data dnl evaluate recipe run runtime watch",
-    "predict": "attention checkpoint classes data decode dnl evaluate page pictures runtime",
-    "hubconf": "checkpoint dnl",
-}
+TABLE = re.findall(
+    r"^\| `(\w+)\.py` \|.*\| (.*?) ?\|$",
+    (ROOT / "CONTRIBUTING.md").read_text("utf-8"),
+    re.MULTILINE,
+)
+ROOMS = {name: {*row.split(", ")} - {""} for name, row in TABLE}  # what each file imports of ours
 COMMANDS = {"train", "predict", "check"}  # paper/ may name their paths, and imports none of them
 
 
@@ -47,15 +32,13 @@ def sources(folder):
     return [p for p in sorted(folder.glob("*.py")) if not p.name.startswith("test_")]
 
 
-def test_no_room_imports_one_that_its_row_does_not_name():
-    for path in sources(ROOT):
-        assert path.stem in ROOMS, f"{path.name}: give it a row in ROOMS and in CONTRIBUTING.md"
-        ours = imported(path) & {*ROOMS, "paper"}
-        assert ours <= set(ROOMS[path.stem].split()), path.name
-    seen = []
-    for name, row in ROOMS.items():  # no row names a room below it, so there is no circle
-        assert set(row.split()) <= set(seen), name
-        seen.append(name)
+def test_the_table_of_rooms_tells_what_each_imports():
+    assert {path.stem for path in sources(ROOT)} == ROOMS.keys()
+    seen = set()
+    for name, row in ROOMS.items():
+        assert imported(ROOT / f"{name}.py") & {*ROOMS, "paper"} == row, name
+        assert row <= seen, f"{name} imports a room below it"
+        seen.add(name)
 
 
 def test_paper_imports_no_command():
@@ -77,6 +60,14 @@ def test_three_packages_are_all_that_is_needed():
     compiled = (".c", ".cpp", ".cu", ".pyx", ".so")
     for folder in (ROOT, ROOT / "paper"):
         assert not [p for p in folder.iterdir() if p.suffix in compiled]
+
+
+def test_each_test_that_the_docs_name_exists():
+    sources = [*ROOT.glob("test_*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("paper/test_*.py")]
+    defined = set(re.findall(r"^def (test_\w+)", "\n".join(p.read_text() for p in sources), re.M))
+    for page in (ROOT / "docs" / "reliability.md", ROOT / "README.md"):
+        named = set(re.findall(r"`(test_\w+)`", page.read_text(encoding="utf-8")))
+        assert named <= defined, named - defined
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,8 @@ import recipe
 import run as a_run
 import runtime
 import train
-from run import restore, start_run
+from resume import restore
+from run import start_run
 from runtime import InputError
 
 
@@ -69,7 +70,7 @@ def test_the_line_fits_its_terminal(run_folder, street, tmp_path, monkeypatch, c
     monkeypatch.setattr(runtime, "on_terminal", lambda stream: True)
     monkeypatch.setattr(runtime.shutil, "get_terminal_size", lambda: os.terminal_size((80, 24)))
     assert trained(tmp_path / "r", street) == 0
-    lines = [line for line in capsys.readouterr().out.split("\r\033[K") if "step" in line]
+    lines = [line for line in capsys.readouterr().out.split("\r\033[K") if "loss" in line]
     assert len(lines) == 6 and all(len(line) == 79 for line in lines)
     assert lines[2].startswith("epoch 1/2  step 3/6  loss")
 
@@ -518,7 +519,7 @@ def test_the_best_that_a_full_disk_lost_is_not_told_as_best(
     )
     no_room_at_first(monkeypatch, "best.pt")
     assert trained(tmp_path / "r", street, "--epochs", 3) == 0
-    assert "best.pt (mIoU 40.00 %)" in capsys.readouterr().out
+    assert "best mIoU 40.00 %" in capsys.readouterr().out
     best, last = (
         checkpoint.read_checkpoint(tmp_path / "r" / name) for name in ("best.pt", "last.pt")
     )
@@ -772,3 +773,106 @@ def test_too_few_open_files_is_a_line(street, tmp_path, stub):
             trained(tmp_path / "r", street, "--workers", 2)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+# ---- longer, and from another network
+
+
+def test_a_run_trains_longer_by_the_schedule_of_the_new_command(
+    street, tmp_path, monkeypatch, capsys, stub
+):
+    """2 epochs, then 4: the weights of one training whose rate is of 6 steps, then of 12. Stopped
+    and started again after the change: the same bits."""
+    step, rate = train.train_step, recipe.rate
+    for name in ("longer", "stopped"):
+        assert trained(tmp_path / name, street) == 0
+    capsys.readouterr()
+    assert trained(tmp_path / "longer", street, "--epochs", 4, "--lr", 0.02) == 0
+    line = "epochs 2 -> 4; lr 0.01 -> 0.02: the schedule from step 6 on is that of 4 epochs"
+    assert line in capsys.readouterr().out
+
+    def stopping(run, *rest):
+        if run.step == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(run, *rest)
+
+    monkeypatch.setattr(train, "train_step", stopping)
+    assert trained(tmp_path / "stopped", street, "--epochs", 4, "--lr", 0.02) == 143
+    monkeypatch.setattr(train, "train_step", step)
+    assert trained(tmp_path / "stopped", street, "--epochs", 4, "--lr", 0.02) == 0
+    assert same_run(tmp_path / "longer", tmp_path / "stopped")
+
+    def by_hand(step, total, *rest):
+        return rate(step, 6, *rest) / 2 if step < 6 else rate(step, 12, *rest)
+
+    monkeypatch.setattr(recipe, "rate", by_hand)
+    assert trained(tmp_path / "hand", street, "--epochs", 4, "--lr", 0.02) == 0
+    ours, hand = (
+        checkpoint.read_checkpoint(tmp_path / name / "last.pt") for name in ("longer", "hand")
+    )
+    assert all(torch.equal(t, hand["model"][k]) for k, t in ours["model"].items())
+    lines = [*map(json.loads, (tmp_path / "longer" / "log.jsonl").read_text().splitlines())]
+    settings = [(i, x["step"], x["settings"]["lr"]) for i, x in enumerate(lines) if "settings" in x]
+    assert settings == [(0, 0, 0.01), (3, 6, 0.02)]
+    with pytest.raises(InputError, match="is at step 12, and --epochs 1 ends at step 3: give more"):
+        trained(tmp_path / "longer", street, "--epochs", 1)
+    with pytest.raises(InputError, match=r"seed 0 -> 1.*--init .*last\.pt and another --out"):
+        trained(tmp_path / "longer", street, "--seed", 1)
+
+
+def test_init_keeps_what_fits_and_names_the_rest(street, tmp_path, capsys, stub):
+    """From 3 classes to 4, of which 2 have the same names: their rows, and all else, are equal."""
+    assert trained(tmp_path / "r", street) == 0
+    root = tmp_path / "four"
+    shutil.copytree(street, root)
+    (root / "classes.txt").write_text("blue\nsky\nred\nbus\n")
+    capsys.readouterr()
+    flags = [*TINY, "--root", str(root), "--out", str(tmp_path / "s"), "--seed", "5"]
+    args = recipe.parse_training([*flags, "--init", str(tmp_path / "r" / "best.pt")], 1)
+    run, fresh = (start_run(a, 0, 1, CPU) for a in (args, recipe.parse_training(flags, 1)))
+    restore(run)
+    old = checkpoint.read_checkpoint(tmp_path / "r" / "best.pt")["model"]
+    own, drawn = run.net.state_dict(), fresh.net.state_dict()
+    classifiers = {"head.4.weight", "head.4.bias", "aux2.weight", "aux2.bias", "aux3.weight"}
+    classifiers |= {"aux3.bias", "context.coarse.weight", "context.coarse.bias"}
+    for name, tensor in own.items():
+        if name in classifiers:  # red green blue -> blue sky red bus
+            assert torch.equal(tensor[[2, 0]], old[name][[0, 2]]), name
+            assert torch.equal(tensor[[1, 3]], drawn[name][[1, 3]]), name
+        else:
+            assert torch.equal(tensor, old[name]), name
+    told = capsys.readouterr().out
+    assert "drawn anew: none; classes drawn anew: sky, bus" in told, told
+    assert train.main([*flags, "--init", str(tmp_path / "r" / "best.pt")]) == 0
+
+
+def test_a_requeued_resume_into_another_folder_goes_on_there(street, tmp_path, monkeypatch, stub):
+    """`--resume FILE --out NEW`, stopped three times: FILE is taken once."""
+    assert trained(tmp_path / "whole", street, "--epochs", 4) == 0
+    step, stops = train.train_step, [4]
+
+    def stopping(run, *rest):
+        if run.step in stops:
+            stops.remove(run.step)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(run, *rest)
+
+    monkeypatch.setattr(train, "train_step", stopping)
+    assert trained(tmp_path / "first", street, "--epochs", 4) == 143
+    stops += [6, 8, 10]
+    flags = ("--epochs", 4, "--resume", tmp_path / "first" / "last.pt")
+    status = [trained(tmp_path / "r", street, *flags) for _ in range(4)]
+    assert status == [143, 143, 143, 0] and same_run(tmp_path / "whole", tmp_path / "r")
+
+
+def test_a_refused_start_leaves_no_folder_behind(street, run_folder, tmp_path, stub):
+    with pytest.raises(InputError, match="its settings differ"):
+        trained(tmp_path / "r", street, "--seed", 3, "--resume", run_folder / "last.pt")
+    assert not (tmp_path / "r").exists()
+
+
+def test_the_start_tells_what_is_trained_where(street, tmp_path, capsys, stub):
+    assert trained(tmp_path / "r", street, "--batch", 5, "--epochs", 1) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    line = "cpu, amp off; train 12 images, 2 steps an epoch (2 left out of each); val 5 images; "
+    assert first == line + f"weights none; in {tmp_path / 'r'}"

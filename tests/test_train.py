@@ -25,10 +25,10 @@ import data
 import dnl
 import evaluate
 import recipe
-import runtime
 import train
 from data import IGNORE
-from run import Run, connect, start_run
+from ranks import sum_over_ranks
+from run import Run, start_run, wrap_network
 from runtime import InputError
 
 
@@ -132,10 +132,10 @@ def gradients(rank, world, port, dtype, accumulate, out):
         rank=rank,
         world=world,
         device=torch.device("cpu"),
-        weights=torch.ones(3),
+        loss_weights=torch.ones(3),
         sums=torch.zeros(3, dtype=torch.float64),
     )
-    connect(run)
+    wrap_network(run)
     g = torch.Generator().manual_seed(1)
     images, labels = (
         torch.randint(0, 256, (4, 3, 40, 40), generator=g).byte(),
@@ -144,12 +144,12 @@ def gradients(rank, world, port, dtype, accumulate, out):
     labels[0], labels[1, 5:], labels[3, :, 3:] = 255, 255, 255
     own = slice(rank * 4 // world, (rank + 1) * 4 // world)
     batch = [images[own], labels[own], torch.tensor([[1.1, 0.9, 1.2, 0.02]]).repeat(4, 1)[own]]
-    labelled = runtime.sum_over_ranks([train.count_labelled(run, batch[1])])[0]
+    labelled = sum_over_ranks([train.count_labelled(run, batch[1])])[0]
     share = train.train_step(run, batch, labelled)
     if rank == 0:
         torch.save([kept, share], out)
     if world > 1:
-        time.sleep(0.1)  # as in runtime.distributed
+        time.sleep(0.1)  # as in distributed
         torch.distributed.destroy_process_group()
 
 
@@ -181,7 +181,7 @@ BAD = {  # flags: what the one line must hold
     "--batch 3 --accumulate 2": "multiple of 2",
     "--batch 1 --context paper.peers:ppm": "BatchNorm",
     "--batch 4 --accumulate 4 --crop 16": "BatchNorm",
-    "--batch 64": "fewer than one batch",
+    "--batch 64": "got 12 images for a batch of 64",
     "--backbone resnet19": "invalid choice",
     "--epochs 0": "expected 1 or more",
     "--scale 2 1": "MIN <= MAX",
@@ -192,7 +192,7 @@ BAD = {  # flags: what the one line must hold
     "--class-weights /nowhere.json": "/nowhere.json",
     "--resume /nowhere.pt": "/nowhere.pt",
     "--weights imagenet --preset released": "plain stem",
-    "--weights README.md": "not a file of weights: expected a file of torchvision's",
+    "--weights README.md": "--weights README.md: not a file of weights (",
     "--seed -1": "0 or more",
     "--ema 1": "below 1",
     "--compile --recompute": "leave one out",
@@ -224,8 +224,8 @@ def test_notes_where_the_papers_recipe_is_left():
 
 
 def test_other_settings_are_refused_by_name(run_folder, street):
-    with pytest.raises(InputError, match=r"lr 0.01 -> 0.5.*--out"):
-        trained(run_folder, street, "--lr", 0.5)
+    with pytest.raises(InputError, match=r"momentum 0.9 -> 0.5.*--out"):
+        trained(run_folder, street, "--momentum", 0.5)
 
 
 def test_loss_that_is_not_finite(street, tmp_path, monkeypatch, stub):

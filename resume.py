@@ -1,0 +1,161 @@
+"""How a training goes on from its checkpoint, or starts from the network of another."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dnl
+from checkpoint import RUN_FIELDS, read_checkpoint, read_if_readable, read_last
+from run import Run, write_log
+from runtime import InputError, import_factory, print_line, quote
+
+SCHEDULE = {"epochs", "lr", "power"}  # a training can go on with others
+
+
+def restore(run: Run) -> None:
+    """Go on from the run's checkpoint; without one start from --init, if given. Or InputError."""
+    found = find_checkpoint(run)
+    if found is None:
+        run.settings_log = [{"settings": run.settings, "step": 0}]
+        if run.args.init is not None:
+            init_network(run)
+        return
+    path, state = found
+    changed = changed_settings(state["settings"], run.settings)
+    text = "; ".join(f"{name} {was} -> {now}" for name, (was, now) in changed.items())
+    if not changed.keys() <= SCHEDULE:
+        raise InputError(
+            f"{quote(path)}: its settings differ ({text}): give the flags of that run to go on, or "
+            f"--init {quote(path)} and another --out to start from its network"
+        )
+    if changed and state["step"] >= run.total:
+        raise InputError(
+            f"{quote(path)}: is at step {state['step']}, and --epochs {run.args.epochs} ends at "
+            f"step {run.total}: give more epochs"
+        )
+    try:
+        load_state(run, state)
+    except Exception as e:  # a field of another kind can fail in any of these
+        what = f"{type(e).__name__} {e}".replace("\n", " ")
+        raise InputError(f"{quote(path)}: cannot go on from it ({what}): train again") from None
+    if changed:
+        run.settings_log.append({"settings": run.settings, "step": run.step})
+    if run.rank == 0:
+        print_line(f"resumed {quote(path)} at step {run.step} of {run.total}")
+        if changed:
+            schedule = f"the schedule from step {run.step} on is that of {run.args.epochs} epochs"
+            print_line(f"{text}: {schedule}")
+        tidy_folder(run)
+
+
+def tidy_folder(run: Run) -> None:
+    """Find the best mIoU so far in best.pt, and write log.jsonl as the checkpoint has it."""
+    best = read_if_readable(run.args.out / "best.pt")  # it may be of another run
+    same = changed_settings(best.get("settings", {}), run.settings).keys() <= SCHEDULE
+    if same and isinstance(best.get("best"), float):
+        run.best = best["best"]
+    try:
+        write_log(run)
+    except OSError as e:
+        print_line(f"warning: log.jsonl not written ({e})", error=True)
+
+
+def find_checkpoint(run: Run) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint of the run's folder; if there is none, the file of --resume.
+
+    A file in the folder itself is meant each time.
+    """
+    out, resume = run.args.out, run.args.resume
+    if resume == "auto":
+        return read_last(out)
+    asked = Path(resume), read_checkpoint(resume, RUN_FIELDS)
+    found = read_last(out)
+    if found is None or Path(resume).resolve().parent == out.resolve():
+        return asked
+    if not changed_settings(found[1]["settings"], run.settings).keys() <= SCHEDULE:
+        raise InputError(
+            f"--out {quote(out)}: holds a run of other settings, which this one would replace: "
+            "choose another"
+        )
+    return found
+
+
+def changed_settings(was: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Name -> (value before, value now) of the settings that are not the same."""
+    pairs = {name: (was.get(name), now.get(name)) for name in sorted({*was, *now})}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def load_state(run: Run, state: dict[str, Any]) -> None:
+    """Put a checkpoint's fields into the run. Any exception means that they do not fit."""
+    if state["step"] not in range(run.total + 1):
+        raise ValueError(f"step {state['step']}")
+    dnl.load_strict(run.net, state["model"], "model")
+    if run.ema is not None:
+        dnl.load_strict(run.ema, state["ema"], "ema")
+    optimizer = run.optimizer.state_dict() | {"state": state["optimizer"]["state"]}
+    run.optimizer.load_state_dict(optimizer)
+    run.scaler.load_state_dict(state["scaler"])
+    run.step, run.history = state["step"], state["history"]
+    first = {"settings": state["settings"], "step": 0}
+    run.settings_log = state.get("settings_log", [first])
+    if run.rank == 0:
+        run.sums += state["sums"].to(run.device)
+
+
+# ---- a start from another network
+
+
+@torch.no_grad()
+def init_network(run: Run) -> None:
+    """Fill the network from the checkpoint of --init, by name and shape; the rest stays as drawn.
+
+    Of the classifiers, the rows of classes that both have are taken.
+    """
+    path = run.args.init
+    checkpoint = read_checkpoint(path)
+    old, names = checkpoint["model"], checkpoint["classes"]
+    rows = [(i, names.index(c)) for i, c in enumerate(run.data.classes) if c in names]
+    classifiers = classifier_names(run)
+    own = run.net.state_dict()
+    anew = []
+    for name, tensor in own.items():
+        source = old.get(name)
+        if source is None or source.shape[1:] != tensor.shape[1:]:
+            anew.append(name)
+        elif name in classifiers:
+            for i, j in rows:
+                tensor[i] = source[j]
+        elif source.shape == tensor.shape:
+            tensor.copy_(source)
+        else:
+            anew.append(name)
+    if len(anew) == len(own):
+        raise InputError(f"--init {quote(path)}: nothing of it fits this network: give its flags")
+    if run.ema is not None:
+        run.ema.load_state_dict(own)
+    others = [c for c in run.data.classes if c not in names]
+    if run.rank == 0:
+        print_line(
+            f"started from {quote(path)}: {len(own) - len(anew)} of {len(own)} tensors; drawn "
+            f"anew: {list_or_none(anew)}; classes drawn anew: {list_or_none(others)}"
+        )
+
+
+def list_or_none(names: list[str]) -> str:
+    """a, b, or none."""
+    return ", ".join(names) if names else "none"
+
+
+def classifier_names(run: Run) -> set[str]:
+    """The tensors that have a row for each class: their shapes follow the number of classes."""
+    config = run.net.config
+    factory = import_factory(config.context)
+    shapes = []
+    with torch.device("meta"):
+        for n in (config.num_classes, config.num_classes + 1):
+            net = dnl.build(replace(config, num_classes=n), factory)
+            shapes.append({name: t.shape for name, t in net.state_dict().items()})
+    return {name for name in shapes[0] if shapes[0][name] != shapes[1][name]}
