@@ -271,11 +271,14 @@ def open_like(
     if data is None:
         data, root = checkpoint["data"], root or checkpoint["root"]
     dataset = open_dataset(data, root, split)
-    if list(dataset.classes) != checkpoint["classes"]:
-        raise InputError(
-            f"{quote(source)}: trained on {name_classes(checkpoint['classes'])}, the data set has "
-            f"{name_classes(dataset.classes)}"
-        )
+    was, now = checkpoint["classes"], list(dataset.classes)
+    if was != now:
+        text = f"trained on {name_classes(was)}, the data set has {name_classes(now)}"
+        for number, (a, b) in enumerate(zip(was, now)):
+            if a != b:
+                text += f"; class {number} is {a} there and {b} here"
+                break
+        raise InputError(f"{quote(source)}: {text}: give its data set, or train on this one")
     return dataset
 
 

@@ -111,6 +111,11 @@ def read_classes(path: Path) -> Classes:
     """
     try:
         lines = regular_file(path).read_text(encoding="utf-8-sig").split("\n")
+    except FileNotFoundError:
+        raise InputError(
+            f"{quote(path)}: no such file; expected a line `name [R G B]` for each class, in the "
+            "order of the numbers in the labels: write it"
+        ) from None
     except (OSError, UnicodeError) as e:
         raise InputError(
             f"{quote(path)}: cannot be read ({type(e).__name__}); expected UTF-8 text, a line "
@@ -165,9 +170,13 @@ def _parse_class(line: str, place: str) -> tuple[str, Color | None]:
         numbers = []
         name = line
     elif numbers != words[-3:]:
-        raise InputError(f"{place}: got {len(numbers)} numbers in {line[:60]!r}; {expected}")
-    if not name.isprintable() or not name:
-        raise InputError(f"{place}: got the name {name[:60]!r}, empty or not printable; {expected}")
+        raise InputError(
+            f"{place}: got {len(numbers)} numbers in {line[:60]!r}; {expected}, with spaces between"
+        )
+    if not name.isprintable() or not re.search(r"\w", name):
+        raise InputError(
+            f"{place}: got the name {name[:60]!r}, without a letter or not printable; {expected}"
+        )
     if not all(len(v) < 4 and v.isdecimal() and int(v) <= 255 for v in numbers):
         got = " ".join(numbers)[:60]
         raise InputError(f"{place}: got the colour {got}; expected R G B, each 0..255")

@@ -107,8 +107,9 @@ def _check_palette(
     if moved.size and (palette == palette[:, :1]).all():
         raise InputError(
             f"{place}: got a palette of greys in which index {moved[0]} is the grey "
-            f"{palette[moved[0], 0]}: renumbered by a PNG optimiser; expected class numbers: save "
-            "it as 8-bit grey, with Pillow: Image.open(FILE).convert('L').save(FILE)"
+            f"{palette[moved[0], 0]}, as if renumbered by a PNG optimiser; expected class numbers: "
+            "save it as 8-bit grey: if its greys are numbers, Image.open(FILE).convert('L'); if "
+            "the indices are, Image.fromarray(numpy.array(Image.open(FILE)))"
         )
     for i in used[used != IGNORE].tolist():
         r, g, b = palette[i].tolist()

@@ -201,6 +201,8 @@ def check_combinations(args: argparse.Namespace, world: int) -> None:
             f"--no-gr and --no-lr switch parts of --context dnl off, and this is --context "
             f"{args.context}: leave them out"
         )
+    if args.init is not None and args.weights != "none":
+        raise InputError("--init and --weights both fill the backbone: leave one out")
     if args.compile and args.recompute:
         raise InputError("--compile and --recompute do not work together: leave one out")
     if args.tensorboard:

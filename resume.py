@@ -32,8 +32,8 @@ def restore(run: Run) -> None:
         )
     if changed and state["step"] >= run.total:
         raise InputError(
-            f"{quote(path)}: is at step {state['step']}, and --epochs {run.args.epochs} ends at "
-            f"step {run.total}: give more epochs"
+            f"{quote(path)}: has trained {state['step'] // run.per_epoch} epochs, and --epochs is "
+            f"{run.args.epochs}: give more"
         )
     try:
         load_state(run, state)
@@ -137,16 +137,18 @@ def init_network(run: Run) -> None:
     if run.ema is not None:
         run.ema.load_state_dict(own)
     others = [c for c in run.data.classes if c not in names]
+    line = f"started from {quote(path)}: {len(own) - len(anew)} of {len(own)} tensors"
+    for what, missing in (("not in it", anew), ("new classes", others)):
+        if missing:
+            line += f"; {what}, so drawn anew: {', '.join(missing[:8])}"
+        if len(missing) > 8:
+            line += f" and {len(missing) - 8} more"
+    for name in ("backbone", "channels"):
+        theirs, ours = checkpoint["config"][name], getattr(run.net.config, name)
+        if theirs != ours:
+            line += f"; it has --{name} {theirs}, this run {ours}"
     if run.rank == 0:
-        print_line(
-            f"started from {quote(path)}: {len(own) - len(anew)} of {len(own)} tensors; drawn "
-            f"anew: {list_or_none(anew)}; classes drawn anew: {list_or_none(others)}"
-        )
-
-
-def list_or_none(names: list[str]) -> str:
-    """a, b, or none."""
-    return ", ".join(names) if names else "none"
+        print_line(line)
 
 
 def classifier_names(run: Run) -> set[str]:

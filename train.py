@@ -349,7 +349,9 @@ def finish(run: Run) -> int:
     except OSError as e:
         print_line(f"warning: val.png not written ({e})", error=True)
         return 1
-    there = [name for name in ("last.pt", "best.pt", "log.jsonl") if (out / name).exists()]
+    there = [
+        name for name in ("last.pt", "best.pt", "ema.pt", "log.jsonl") if (out / name).exists()
+    ]
     best = f"; best mIoU {100 * run.best:.2f} %" if run.best is not None else ""
     print_line(f"in {quote(out)}: {', '.join([*there, 'val.png'])}{best}")
     return int(run.unsaved)

@@ -69,7 +69,8 @@ class Board:
 def start_line(run: Run) -> str:
     """Where and on what the run trains, told when it starts."""
     args, n = run.args, len(run.data)
-    left_out = n - run.per_epoch * args.batch
+    rest = n - run.per_epoch * args.batch
+    left_out = f" ({rest} left out of each)" if rest else ""
     weights = f"weights {args.weights}"
     if args.init is not None:
         weights = f"network of {quote(args.init)}"
@@ -77,7 +78,7 @@ def start_line(run: Run) -> str:
         weights = f"going on at step {run.step}"
     line = (
         f"{run.device}, amp {args.amp}; train {counted(n, 'image')}, "
-        f"{counted(run.per_epoch, 'step')} an epoch ({left_out} left out of each); "
+        f"{counted(run.per_epoch, 'step')} an epoch{left_out}; "
         f"val {counted(len(run.val), 'image')}; {weights}; in {quote(args.out)}"
     )
     if args.split == "trainval":

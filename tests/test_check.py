@@ -184,7 +184,7 @@ WRONG_FILES = {  # name: the file, what is done to it, words of the line
     "palette of greys": (
         LABEL,
         palette((0, 0, 0), (5, 5, 5), (15, 15, 15)),
-        "index 1 is the grey 5: renumbered by a PNG optimiser; expected class numbers: save it as",
+        "index 1 is the grey 5, as if renumbered by a PNG optimiser; expected class numbers",
     ),
     "palette of another class": (
         LABEL,
@@ -333,7 +333,7 @@ WRONG_TREES = {  # name: what is done to the root, status of check, words of the
     "no classes.txt": (
         lambda r: (r / "classes.txt").unlink(),
         2,
-        "classes.txt: cannot be read (FileNotFoundError)",
+        "classes.txt: no such file; expected a line",
     ),
     "no class": (lambda r: (r / "classes.txt").write_text("\n"), 2, "no class in it"),
     "not text": (lambda r: (r / "classes.txt").write_bytes(b"\xff\xfe"), 2, "expected UTF-8"),

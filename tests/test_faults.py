@@ -367,7 +367,7 @@ def parsed_classes(raw):
         else:
             return None
     names = dict(rows)
-    if len(names) < len(rows) or not all(n.isprintable() for n in names):
+    if len(names) < len(rows) or not all(n.isprintable() and re.search(r"\w", n) for n in names):
         return None
     if "(ignored)" in names and names["(ignored)"] is None:
         return None

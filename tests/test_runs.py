@@ -814,7 +814,7 @@ def test_a_run_trains_longer_by_the_schedule_of_the_new_command(
     lines = [*map(json.loads, (tmp_path / "longer" / "log.jsonl").read_text().splitlines())]
     settings = [(i, x["step"], x["settings"]["lr"]) for i, x in enumerate(lines) if "settings" in x]
     assert settings == [(0, 0, 0.01), (3, 6, 0.02)]
-    with pytest.raises(InputError, match="is at step 12, and --epochs 1 ends at step 3: give more"):
+    with pytest.raises(InputError, match="has trained 4 epochs, and --epochs is 1: give more"):
         trained(tmp_path / "longer", street, "--epochs", 1)
     with pytest.raises(InputError, match=r"seed 0 -> 1.*--init .*last\.pt and another --out"):
         trained(tmp_path / "longer", street, "--seed", 1)
@@ -842,7 +842,7 @@ def test_init_keeps_what_fits_and_names_the_rest(street, tmp_path, capsys, stub)
         else:
             assert torch.equal(tensor, old[name]), name
     told = capsys.readouterr().out
-    assert "drawn anew: none; classes drawn anew: sky, bus" in told, told
+    assert "new classes, so drawn anew: sky, bus" in told, told
     assert train.main([*flags, "--init", str(tmp_path / "r" / "best.pt")]) == 0
 
 
