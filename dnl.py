@@ -30,6 +30,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 Size = tuple[int, int]  # (H, W)
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]  # Q, K, V, P
 
 
 # --------------------------------------------------------------------------- the paper's equations
@@ -76,8 +77,14 @@ def local_retention(a: Tensor, s: Tensor, size: Size, kernel: int = 3) -> Tensor
 def spread_values(v: Tensor, s: Tensor, size: Size, kernel: int = 3) -> Tensor:
     """V~[r] = sum_d S_l[d, r-d] V[r-d], the adjoint of LR: local_retention(A', s) V = A' V~.
     v (B, C, N), s (B, kernel*kernel, N) -> (B, C, N)."""
-    s = s.to(v.dtype).unflatten(2, size)
-    return _Spread.apply(v.unflatten(2, size), s, kernel).flatten(2)
+    v, s = v.unflatten(2, size), s.to(v.dtype).unflatten(2, size)
+    if not is_traced():
+        return _Spread.apply(v, s, kernel).flatten(2)
+    spread = torch.zeros_like(v)
+    v, s = (F.pad(x, [kernel // 2] * 4) for x in (v, s))
+    for d, near in enumerate(reversed(_windows(size, kernel))):  # the window of -d
+        spread = spread + v[near] * s[:, d, None][near]
+    return spread.flatten(2)
 
 
 def denoised_maps(
@@ -110,8 +117,8 @@ def denoised_attention(
 ) -> Tensor:
     """The value route: A''V (the sum in eq. 3), (B, C, N), memory linear in N. One derivative only.
     q, k (B, C', N), v (B, C, N), p (B, n, N) or None for no GR; kernel 0 for no LR. chunk: query
-    pixels at a time, by default as memory allows; it changes the result by rounding only. Logits,
-    softmax and sigmoids are fp32 or better, also under autocast; the product has the type of v."""
+    pixels at a time, by default as memory allows, all if `is_traced()`; it changes rounding only.
+    Logits, softmax and sigmoids are fp32 or better, also under autocast; product in v's type."""
     if kernel:
         v = spread_values(v, local_similarity(q, k, size, kernel), size, kernel)
     q, k, values = at_least_fp32(q), at_least_fp32(k), v
@@ -119,8 +126,7 @@ def denoised_attention(
         p = at_least_fp32(p)
     if v.dtype == torch.float16:
         values = at_least_fp32(v)  # attention weights of 1/N underflow in fp16
-    if torch.compiler.is_compiling() and not isinstance(q.shape[2], int):
-        # A loop over an unknown size cannot be exported: all queries are one chunk.
+    if is_traced():
         a = denoised_maps(q, k, p, size, kernel=0)[1]  # A'
         with no_autocast(q):
             return (a.to(values.dtype) @ values.mT).mT.to(v.dtype)
@@ -134,6 +140,13 @@ def denoised_attention(
 def at_least_fp32(x: Tensor) -> Tensor:
     """x, in fp32 if it is bf16 or fp16: trained logits reach 1e4, where bf16 steps by 64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def is_traced() -> bool:
+    """Whether torch records or transforms operations: compile, export, ONNX, jit.trace, torch.func.
+    Each refuses, or fixes to one size, some autograd.Function, `out=` or loop over chunks."""
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return recorded or torch._C._are_functorch_transforms_active()  # torch has no public name
 
 
 def no_autocast(x: Tensor) -> torch.autocast | nullcontext:
@@ -179,8 +192,7 @@ class _Spread(torch.autograd.Function):
         windows = _windows(v.shape[2:], ctx.kernel)
         plane = _zeros_around(v, ctx.kernel)
         plane[windows[ctx.kernel**2 // 2]] = grad
-        grad_v = torch.zeros_like(v)
-        grad_s = torch.empty_like(s)
+        grad_v, grad_s = torch.zeros_like(v), torch.empty_like(s)
         for d, near in enumerate(windows):
             grad_v.addcmul_(s[:, d, None], plane[near])
             grad_s[:, d] = (v * plane[near]).sum(1)
@@ -198,10 +210,7 @@ class _RectifiedAttention(torch.autograd.Function):
         ctx.chunk = chunk
         out = v.new_empty(v.mT.shape)
         with no_autocast(q):
-            buffers = _buffers(q, p, chunk)
-            for start in range(0, v.shape[2], chunk):
-                rows = slice(start, start + chunk)
-                a, p_class = _chunk_maps(q, k, p, rows, buffers)
+            for rows, a, p_class in _chunks(q, k, p, chunk):
                 if p_class is not None:
                     a *= p_class
                 out[:, rows] = a.to(v.dtype) @ v.mT
@@ -217,10 +226,7 @@ class _RectifiedAttention(torch.autograd.Function):
         if p is not None:
             gp = q.new_zeros(p.shape)
         with no_autocast(q):
-            buffers = _buffers(q, p, ctx.chunk)
-            for start in range(0, v.shape[2], ctx.chunk):
-                rows = slice(start, start + ctx.chunk)
-                a, p_class = _chunk_maps(q, k, p, rows, buffers)
+            for rows, a, p_class in _chunks(q, k, p, ctx.chunk):
                 rectified = a if p_class is None else a * p_class
                 out = grad[:, :, rows]
                 gv += out @ rectified.to(v.dtype)
@@ -236,21 +242,19 @@ class _RectifiedAttention(torch.autograd.Function):
         return gq, gk, gv.to(v.dtype), gp, None
 
 
-def _buffers(q, p, chunk):
-    """Memory for a chunk of A and of P_class, shared by all: fresh pages take 10 % of the time."""
+def _chunks(q, k, p, chunk):
+    """For each chunk of c query pixels: their slice, and their rows of A and of P_class (None
+    without GR), (B, c, N). All chunks share memory: fresh pages take 10 % of the time."""
     B, _, N = q.shape
-    return [q.new_empty(B, min(chunk, N), N) for x in (q, p) if x is not None]
-
-
-def _chunk_maps(q, k, p, rows, buffers):
-    """The rows of A and of P_class (None without GR), (B, c, N), written into `buffers`."""
-    queries = q[:, :, rows].mT
-    buffers = [x[:, : queries.shape[1]] for x in buffers]
-    a = torch.bmm(queries, k, out=buffers[0])
-    torch.softmax(a, -1, out=a)
-    if p is None:
-        return a, None
-    return a, torch.bmm(p[:, :, rows].mT, p, out=buffers[1]).sigmoid_()
+    buffers = [q.new_empty(B, min(chunk, N), N) for x in (q, p) if x is not None]
+    for start in range(0, N, chunk):
+        rows = slice(start, start + chunk)
+        a = torch.bmm(q[:, :, rows].mT, k, out=buffers[0][:, : N - start])
+        torch.softmax(a, -1, out=a)
+        p_class = None
+        if p is not None:
+            p_class = torch.bmm(p[:, :, rows].mT, p, out=buffers[1][:, : N - start]).sigmoid_()
+        yield rows, a, p_class
 
 
 class DenoisedNonLocal(nn.Module):
@@ -294,9 +298,7 @@ class DenoisedNonLocal(nn.Module):
             raise ValueError("no num_classes: hand forward the class predictions p (B, n, H, W)")
         return self.coarse(f)
 
-    def inputs(
-        self, f: Tensor, p: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def inputs(self, f: Tensor, p: Tensor | None = None) -> Inputs:
         """Q, K, V and P (None without GR), each (B, ., N), for `denoised_attention`."""
         classes = None
         if self.gr:
@@ -582,10 +584,8 @@ def check_fit(module: nn.Module, state: Mapping[str, Tensor], source: str) -> No
     own = module.state_dict()
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
     unexpected = [k for k in state if k not in own]
-    shapes = []
-    for k, t in own.items():
-        if k in state and state[k].shape != t.shape:
-            shapes.append(f"{k} {tuple(state[k].shape)} for {tuple(t.shape)}")
+    changed = [k for k in own if k in state and state[k].shape != own[k].shape]
+    shapes = [f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}" for k in changed]
     lists = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
     faults = []
     for name, keys in lists.items():

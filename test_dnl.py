@@ -11,6 +11,7 @@ import textwrap
 import zlib
 from copy import deepcopy
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -400,29 +401,141 @@ def test_the_block_compiles_without_a_break():
     assert gap(grads(compiled(f), weights), grads(block(f), weights)) < 1e-4
 
 
-def test_the_block_exports_with_free_height_and_width():
-    block, free = (
-        opened(DenoisedNonLocal(16, 5)).eval(),
-        {2: torch.export.Dim("h"), 3: torch.export.Dim("w")},
+# ----------------------------------------------------------- recorded and transformed by torch
+
+Dim = torch.export.Dim
+PLANES = {24: (4, 6), 400: (20, 20), 1500: (30, 50)}  # N: (H, W)
+FREE = {
+    "nothing": {},
+    "batch": {0: Dim("batch")},
+    "height and width": {2: Dim("height"), 3: Dim("width")},
+    "all": {0: Dim("batch"), 2: Dim("height"), 3: Dim("width")},
+}
+QUICK = [(way, "all", 24, True) for way in ("export", "trace", "onnx")]
+QUICK += [("export", "batch", 400, True), ("trace", "nothing", 1500, True)]
+TABLE = [
+    pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+    for case in product(
+        ("export", "strict export", "compile", "trace", "onnx"), FREE, PLANES, (True, False)
     )
-    exported = torch.export.export(
-        block, (torch.randn(2, 16, 6, 7),), dynamic_shapes=(free,)
-    ).module()
-    other = torch.randn(2, 16, 11, 4)
-    assert gap([exported(other)], [block(other)]) < 1e-5
+]
 
 
+def recorded(way, net, example, free, folder):
+    """What torch makes of the network from an example. free: the dimensions that may change."""
+    if way == "compile":
+        torch.compiler.reset()
+        for d in free:
+            torch._dynamo.mark_dynamic(example, d)
+        compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+        compiled(example)
+        return compiled
+    file = str(folder / "net")
+    if way == "trace":
+        torch.jit.save(torch.jit.trace(net, example), file)
+        return torch.jit.load(file)
+    if way == "onnx":
+        for name in ("onnx", "onnxscript"):
+            pytest.importorskip(name)
+        runtime = pytest.importorskip("onnxruntime")
+        torch.onnx.export(net, (example,), file, dynamo=True, dynamic_shapes=(free,), verbose=False)
+        session = runtime.InferenceSession(file)
+        name = session.get_inputs()[0].name
+        return lambda x: torch.from_numpy(session.run(None, {name: x.detach().numpy()})[0])
+    strict = way == "strict export"
+    program = torch.export.export(net, (example,), dynamic_shapes=(free,), strict=strict)
+    torch.export.save(program, file + ".pt2")
+    return torch.export.load(file + ".pt2").module()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("way, free, N, gradients", TABLE)
+def test_a_recorded_block_is_the_block(way, free, N, gradients, tmp_path):
+    """Recorded with gradients on or off, and called with both."""
+    torch.manual_seed(0)
+    block, free = opened(DenoisedNonLocal(16, 5)).eval(), FREE[free]
+    example = torch.randn(2, 16, *PLANES[N], requires_grad=gradients)
+    with torch.set_grad_enabled(gradients):
+        program = recorded(way, block, example, free, tmp_path)
+    batches = (2, 8) if 0 in free else (2,)
+    planes = PLANES.values() if 2 in free else (PLANES[N],)
+    for batch, plane in product(batches, planes):
+        f = (2 * torch.randn(batch, 16, *plane)).requires_grad_(gradients)
+        for on in (True, False):
+            with torch.set_grad_enabled(on):
+                assert gap([program(f)], [block(f)]) < 1e-4
+        if gradients and way != "onnx":
+            assert gap(grads(program(f), [f]), grads(block(f), [f])) < 1e-4
+
+
+def test_20_sizes_are_one_compiled_graph():
+    """At most two, as of a plain non-local block; their N lie around the chunk's limits."""
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    block = opened(DenoisedNonLocal(16, 5))
+    compiled = torch.compile(block, dynamic=True, backend=count)
+    for i in range(20):
+        f = torch.randn(2 + i % 3, 16, 5 + 2 * i, 50 - 2 * i)
+        assert gap([compiled(f)], [block(f)]) < 1e-4
+    assert len(graphs) <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+@pytest.mark.parametrize("gradients", [True, False])
+def test_the_default_compiler_takes_the_block(gradients):
+    """One graph for all sizes; with gradients one size, as torch 2.13 compiles any two convolutions
+    again for each size."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    block = opened(DenoisedNonLocal(16, 5))
+    compiled = torch.compile(block, fullgraph=True, dynamic=True)
+    for plane in PLANES.values() if not gradients else [PLANES[400]]:
+        f = (2 * torch.randn(2, 16, *plane)).requires_grad_(gradients)
+        with torch.set_grad_enabled(gradients):
+            assert gap([compiled(f)], [block(f)]) < 1e-4
+            if gradients:
+                assert gap(grads(compiled(f), [f]), grads(block(f), [f])) < 1e-4
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_torch_func_takes_the_block():
+    """grad, vmap, gradients of each sample, and through torch.func a second derivative too."""
+    block, f = opened(DenoisedNonLocal(16, 5)).double(), torch.randn(3, 16, 4, 5).double()
+    weights = dict(block.named_parameters())
+
+    def loss(weights, f):
+        return torch.func.functional_call(block, weights, f).square().sum()
+
+    def of_one(weights, f):
+        return loss(weights, f[None])
+
+    expected = torch.autograd.grad(loss(weights, f), list(weights.values()))
+    assert gap(torch.func.grad(loss)(weights, f).values(), expected) < 1e-9
+    each = torch.func.vmap(torch.func.grad(of_one), (None, 0))(weights, f)
+    assert gap([g.sum(0) for g in each.values()], expected) < 1e-9
+    assert gap([torch.func.vmap(block)(f[:, None])[:, 0]], [block(f)]) < 1e-12
+    x, step = f[:1], 1e-6 * torch.randn_like(f[:1])
+    first = torch.func.grad(lambda x: loss(weights, x))
+    second = torch.func.jvp(first, (x,), (step,))[1]
+    assert gap([second], [(first(x + step) - first(x - step)) / 2]) < 1e-8
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("config", [PAPER, RELEASED], ids=["paper", "released"])
-def test_a_network_exports_and_the_program_is_the_network(config, tmp_path):
+@pytest.mark.parametrize("way", ["export", "trace"])
+def test_a_recorded_network_is_the_network(way, config, tmp_path):
     """Saved and loaded again, with free batch, height and width, from 17 pixels a side up."""
-    net, Dim = opened(build(replace(config, **SMALL | {"channels": 32}))).eval(), torch.export.Dim
+    net = opened(build(replace(config, **SMALL | {"channels": 32}))).eval()
+    net.to(memory_format=torch.channels_last)
+    net.to(memory_format=torch.contiguous_format)  # as README says of a trained one
     free = {0: Dim("batch"), 2: Dim("height", min=17), 3: Dim("width", min=17)}
-    net.to(memory_format=torch.channels_last).to(
-        memory_format=torch.contiguous_format
-    )  # as README says of a trained one
-    program = torch.export.export(net, (torch.randn(2, 3, 64, 96),), dynamic_shapes=(free,))
-    torch.export.save(program, tmp_path / "net.pt2")
-    program = torch.export.load(tmp_path / "net.pt2").module()
+    program = recorded(way, net, torch.randn(2, 3, 64, 96), free, tmp_path)
     for size in ((1, 3, 17, 17), (3, 3, 65, 97), (2, 3, 80, 128)):
         image = torch.randn(size)
         assert gap([program(image)], [net(image)]) < 1e-4

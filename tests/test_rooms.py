@@ -70,16 +70,39 @@ def test_each_test_that_the_docs_name_exists():
         assert named <= defined, named - defined
 
 
+def readme_snippet(name):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    return dict(zip(("block", "fcn", "unet", "export", "onnx"), snippets, strict=True))[name]
+
+
 @pytest.mark.parametrize(
     "name", ["block", "fcn", "unet", pytest.param("export", marks=pytest.mark.slow)]
 )
 def test_readme_snippets_run_beside_dnl_alone(name, tmp_path):
-    snippets = re.findall(
-        r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
-    )
-    snippet = dict(zip(("block", "fcn", "unet", "export"), snippets, strict=True))[name]
+    snippet = readme_snippet(name)
     shutil.copy(ROOT / "dnl.py", tmp_path)
     if "torchvision" in snippet and run_python("import torchvision", tmp_path).returncode:
         pytest.skip("torchvision is not there, or does not fit this torch")
     done = run_python(snippet, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_readmes_onnx_file_is_the_network(tmp_path):
+    """README's lines, then onnxruntime against eager at three sizes and two batches."""
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name)
+    shutil.copy(ROOT / "dnl.py", tmp_path)
+    compare = """
+for size in ((17, 17), (65, 130), (320, 480)):
+    for batch in (1, 8):
+        image = torch.randn(batch, 3, *size)
+        onnx = torch.from_numpy(session.run(None, {"image": image.numpy()})[0])
+        torch.testing.assert_close(onnx, net(image), atol=1e-4, rtol=0)
+"""
+    export = readme_snippet("export").replace(
+        "free = ", "torch.nn.init.ones_(net.context.gamma)\nfree = "
+    )
+    done = run_python(export + readme_snippet("onnx") + compare, tmp_path)
     assert done.returncode == 0, done.stderr
