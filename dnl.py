@@ -1,7 +1,7 @@
 """Denoised Non-Local network for semantic segmentation (Song, Li, Guo, Huang), in one file.
 
 The paper's equations are functions; the modules hold the parameters and call them. The file needs
-torch alone and only defines names when it is imported: copy it into any project.
+torch alone and only defines names: copy it into any project.
 
     net = build(replace(PAPER, num_classes=19))             # a whole network
     block = DenoisedNonLocal(channels=256, num_classes=19)  # the block: (B, C, H, W) -> same shape
@@ -9,17 +9,14 @@ torch alone and only defines names when it is imported: copy it into any project
 Symbols, channel-first, with N = H*W: Q, K (B, C', N), V (B, C, N), P (B, n, N), S_l (B, k*k, N).
 A map A is (B, N, N); row j holds the weights of receiving pixel j.
 
-The map route (`denoised_maps`) makes A, A' and A'' as Section III tells it, with F.unfold. It
-defines what is right, and draws pictures of chosen pixels. Networks run the value route
-(`denoised_attention`): LR is linear in A' and its window slides over the keys, so it can act on
-the values instead, A''V = A'V~. Queries then go in chunks: exact, and without N x N maps.
+The map route (`denoised_maps`) makes A, A' and A'' as Section III tells it, and defines what is
+right. Networks run the value route (`denoised_attention`): LR is linear in A' and its window slides
+over the keys, so it acts on the values instead, A''V = A'V~, and queries go in chunks, exactly.
 """
-
-from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from itertools import product
 
@@ -300,9 +297,7 @@ class DenoisedNonLocal(nn.Module):
 
     def inputs(self, f: Tensor, p: Tensor | None = None) -> Inputs:
         """Q, K, V and P (None without GR), each (B, ., N), for `denoised_attention`."""
-        classes = None
-        if self.gr:
-            classes = self.class_predictions(f, p).flatten(2)
+        classes = self.class_predictions(f, p).flatten(2) if self.gr else None
         q, k, v = (conv(f).flatten(2) for conv in (self.query, self.key, self.value))
         return q, k, v, classes
 
@@ -321,8 +316,8 @@ def conv3x3(inputs: int, outputs: int, stride: int = 1, dilation: int = 1) -> nn
 
 def conv_bn_relu(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
     """3x3 convolution, BatchNorm, ReLU."""
-    conv = conv3x3(inputs, outputs, stride)
-    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+    layers = conv3x3(inputs, outputs, stride), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+    return nn.Sequential(*layers)
 
 
 class Block(nn.Module):
@@ -369,21 +364,19 @@ LAYOUTS = {  # block, its expansion, blocks in each layer, torchvision's ImageNe
 
 class ResNet(nn.Module):
     """A ResNet dilated to stride 8: image (B, 3, H, W) -> (res2, res3, X), all about H/8 x W/8.
-    Parameters have the names of torchvision, or with a deep stem of PyTorch-Encoding's resnet101s,
-    without fc. Layer3 has dilation 2; layer4 has 4, or 4, 8, 16 with `multi_grid`. With `recompute`
-    the backward computes each block's activations again, to save memory."""
+    Names are torchvision's, with a deep stem PyTorch-Encoding's. Layer3 has dilation 2; layer4 has
+    4, or 4, 8, 16 with `multi_grid`. `recompute` computes activations again in the backward."""
 
     def __init__(self, name: str, *, deep_stem: bool = False, multi_grid: bool = False) -> None:
         super().__init__()
         if name not in LAYOUTS:
             raise ValueError(f"backbone {name!r}: expected one of {', '.join(LAYOUTS)}")
         block, expansion, depths, _ = LAYOUTS[name]
+        inputs = 128 if deep_stem else 64
         if deep_stem:
-            inputs = 128
             stem = conv_bn_relu(3, 64, 2) + conv_bn_relu(64, 64)
             self.conv1: nn.Module = stem.append(conv3x3(64, inputs))
         else:
-            inputs = 64
             self.conv1 = nn.Conv2d(3, inputs, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(inputs)
         last = [4, 8, 16] if multi_grid else [4]
@@ -408,18 +401,13 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x = F.relu(self.bn1(self.conv1(image)), inplace=True)
-        res1 = self._run(self.layer1, F.max_pool2d(x, 3, 2, 1))
-        res2 = self._run(self.layer2, res1)
-        res3 = self._run(self.layer3, res2)
-        return res2, res3, self._run(self.layer4, res3)
-
-    def _run(self, layer: nn.Sequential, x: Tensor) -> Tensor:
-        if not (self.recompute and self.training):
-            return layer(x)
-        for block in layer:
-            x = _recomputed(block, x)
-        return x
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(image)), inplace=True), 3, 2, 1)
+        features = []
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            for block in layer:
+                x = _recomputed(block, x) if self.recompute and self.training else block(x)
+            features.append(x)
+        return features[1], features[2], features[3]
 
 
 def _recomputed(block: nn.Module, x: Tensor) -> Tensor:
@@ -552,9 +540,7 @@ def build(config: Config, context: Callable[[int, int], nn.Module] | None = None
     context: a factory (channels, num_classes) -> module, if `config.context` is the name of one.
     ValueError for a value out of range, an unknown name, or a supervised P that does not exist."""
     c = config
-    gr, lr = c.gr, c.lr
-    if c.context != "dnl":
-        gr = lr = False
+    gr, lr = c.gr and c.context == "dnl", c.lr and c.context == "dnl"
     if min(c.num_classes, c.channels) < 1 or not 0 <= c.kernel <= 31 or not 0 <= c.dropout < 1:
         raise ValueError(
             f"num_classes {c.num_classes}, channels {c.channels}: expected 1 or more; "
@@ -589,10 +575,9 @@ def check_fit(module: nn.Module, state: Mapping[str, Tensor], source: str) -> No
     lists = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
     faults = []
     for name, keys in lists.items():
-        if len(keys) > 8:
-            faults.append(f"{name}: {', '.join(keys[:8])} and {len(keys) - 8} more")
-        elif keys:
-            faults.append(f"{name}: {', '.join(keys)}")
+        if keys:
+            more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
+            faults.append(f"{name}: {', '.join(keys[:8])}{more}")
     if faults:
         raise ValueError(f"{source} does not fit: {'; '.join(faults)}")
 
@@ -604,9 +589,8 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str) -> 
 
 
 def load_backbone(backbone: ResNet, name: str, weights: str) -> None:
-    """Fill the backbone (name: resnet18 ... resnet101). weights: "imagenet", torchvision's, which
-    torch.hub downloads, hash checked; or a file for `read_weights`. ValueError if they do not fit,
-    with the names of the keys, or with the ResNet that they are of."""
+    """Fill the backbone `name`. weights: "imagenet" (torchvision's, downloaded, hash checked) or a
+    file for `read_weights`. ValueError, with the keys or their ResNet, if they do not fit."""
     if weights == "imagenet":
         if not isinstance(backbone.conv1, nn.Conv2d):
             raise ValueError("imagenet weights have the plain stem: give a file like resnet101s's")
@@ -624,13 +608,9 @@ def load_backbone(backbone: ResNet, name: str, weights: str) -> None:
 def _which_resnet(state: Mapping[str, Tensor]) -> str | None:
     """The name of the ResNet that a state fits."""
     for name in LAYOUTS:
-        with torch.device("meta"):
-            blank = ResNet(name, deep_stem="conv1.0.weight" in state)
-        try:
-            check_fit(blank, state, name)
-        except ValueError:
-            continue
-        return name
+        with torch.device("meta"), suppress(ValueError):
+            check_fit(ResNet(name, deep_stem="conv1.0.weight" in state), state, name)
+            return name
     return None
 
 
@@ -651,18 +631,12 @@ def read_weights(path: str) -> dict[str, Tensor]:
 
 def from_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The authors' state with the parameter names of `build(RELEASED)`."""
-    names = {
-        "conv.": "reduce.",
-        "down_sample.": "down.",
-        "dnl.gamma": "context.gamma",
-        "dnl.conv1.": "context.query.",
-        "dnl.conv2.": "context.key.",
-        "dnl.conv3.": "context.value.",
-        "dnl.conv.": "refine.",
-        "dnl.conv_out3.conv.": "aux3.",
-        "conv_out2.conv.": "aux2.",
-        "conv_out1.conv.": "head.",
-    }
+    pairs = (
+        "conv.:reduce. down_sample.:down. dnl.gamma:context.gamma dnl.conv1.:context.query. "
+        "dnl.conv2.:context.key. dnl.conv3.:context.value. dnl.conv.:refine. "
+        "dnl.conv_out3.conv.:aux3. conv_out2.conv.:aux2. conv_out1.conv.:head."
+    )
+    names = dict(pair.split(":") for pair in pairs.split())
     renamed = {}
     for key, value in state.items():
         key = key.removeprefix("module.")

@@ -848,10 +848,12 @@ def test_the_paper_preset_is_fig_3_put_together():
 @pytest.mark.parametrize("config", [PAPER, RELEASED], ids=["paper", "released"])
 def test_a_training_forward_calls_each_module_once(config):
     net, calls = build(replace(config, **SMALL)).train(), []
-    for name, module in net.named_modules():
+    layers = {f"backbone.layer{i}" for i in range(1, 5)}  # whose blocks are called one by one
+    modules = {name: m for name, m in net.named_modules() if name not in layers}
+    for name, module in modules.items():
         module.register_forward_hook(lambda *_, name=name: calls.append(name))
     net(torch.randn(2, 3, 48, 40))
-    assert sorted(calls) == sorted(name for name, _ in net.named_modules())
+    assert sorted(calls) == sorted(modules)
 
 
 def test_p_and_the_loss_share_one_run_of_the_res3_head():
