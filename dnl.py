@@ -540,7 +540,7 @@ def build(config: Config, context: Callable[[int, int], nn.Module] | None = None
     context: a factory (channels, num_classes) -> module, if `config.context` is the name of one.
     ValueError for a value out of range, an unknown name, or a supervised P that does not exist."""
     c = config
-    gr, lr = c.gr and c.context == "dnl", c.lr and c.context == "dnl"
+    gr, lr = (c.gr, c.lr) if c.context == "dnl" else (False, False)
     if min(c.num_classes, c.channels) < 1 or not 0 <= c.kernel <= 31 or not 0 <= c.dropout < 1:
         raise ValueError(
             f"num_classes {c.num_classes}, channels {c.channels}: expected 1 or more; "

@@ -46,8 +46,7 @@ def attention_html(
     """The page of an image (H, W, 3) uint8 called `name`. The network passes `require_attention`.
 
     ids, confidence (H, W) uint8: as of `evaluate.predict_ids`. label: the image's label file. base:
-    --base, if given.
-    InputError if it cannot be read or has another size.
+    --base, if given. InputError if the label cannot be read or has another size.
     """
     layers = {"predicted": ids}
     against = "the predicted classes, since no label was given"

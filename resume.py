@@ -8,6 +8,7 @@ import torch
 
 import dnl
 from checkpoint import RUN_FIELDS, read_checkpoint, read_if_readable, read_last
+from files import list_names
 from run import Run, write_log
 from runtime import InputError, import_factory, print_line, quote
 
@@ -141,19 +142,23 @@ def init_network(run: Run) -> None:
         raise InputError(f"--init {quote(path)}: nothing of it fits this network: give its flags")
     if run.ema is not None:
         run.ema.load_state_dict(own)
-    others = [c for c in run.data.classes if c not in names]
-    line = f"started from {quote(path)}: {len(own) - len(anew)} of {len(own)} tensors"
+    if run.rank == 0:
+        print_line(init_line(run, checkpoint, anew))
+
+
+def init_line(run: Run, checkpoint: dict[str, Any], anew: list[str]) -> str:
+    """What of the network comes from --init, and what does not."""
+    count = len(run.net.state_dict())
+    line = f"started from {quote(run.args.init)}: {count - len(anew)} of {count} tensors"
+    others = [c for c in run.data.classes if c not in checkpoint["classes"]]
     for what, missing in (("not in it", anew), ("new classes", others)):
         if missing:
-            line += f"; {what}, so drawn anew: {', '.join(missing[:8])}"
-        if len(missing) > 8:
-            line += f" and {len(missing) - 8} more"
+            line += f"; {what}, so drawn anew: {list_names(missing)}"
     for name in ("backbone", "channels"):
         theirs, ours = checkpoint["config"][name], getattr(run.net.config, name)
         if theirs != ours:
             line += f"; it has --{name} {theirs}, this run {ours}"
-    if run.rank == 0:
-        print_line(line)
+    return line
 
 
 def classifier_names(run: Run) -> set[str]:
