@@ -7,7 +7,8 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,6 +76,19 @@ def in_turn(
     return {name: statistics.median(r[name] for r in counted) for name in cases}
 
 
+@contextmanager
+def quiet_stderr() -> Iterator[None]:
+    """Keep what a library writes to the file of standard error away: the profiler's USDT lines."""
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
+
+
 def peak_memory(run: Callable[[], Sequence[Tensor]], device: torch.device) -> tuple[int, int]:
     """The peak of a call in bytes over the tensors held before it, and the bytes of its results.
 
@@ -87,7 +101,7 @@ def peak_memory(run: Callable[[], Sequence[Tensor]], device: torch.device) -> tu
         results = sum(x.nbytes for x in run())
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before, results
-    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+    with quiet_stderr(), torch.autograd.profiler.profile(profile_memory=True) as profile:
         results = sum(x.nbytes for x in run())
     events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda e: e.start_ns())

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from helpers import ROOT, run_python
+from PIL import Image
 
 TABLE = re.findall(
     r"^\| `(\w+)\.py` \|.*\| (.*?) ?\|$",
@@ -73,7 +74,9 @@ def test_each_test_that_the_docs_name_exists():
 def readme_snippet(name):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    return dict(zip(("block", "fcn", "unet", "export", "onnx"), snippets, strict=True))[name]
+    return dict(zip(("block", "fcn", "unet", "export", "onnx", "mask"), snippets, strict=True))[
+        name
+    ]
 
 
 @pytest.mark.parametrize(
@@ -86,6 +89,19 @@ def test_readme_snippets_run_beside_dnl_alone(name, tmp_path):
         pytest.skip("torchvision is not there, or does not fit this torch")
     done = run_python(snippet, tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_readmes_lines_from_an_image_to_a_mask(run_folder, street, tmp_path):
+    shutil.copy(run_folder / "best.pt", tmp_path)
+    with Image.open(street / "images" / "val" / "0.png") as image:
+        image.save(tmp_path / "photo.jpg")
+        size = image.size
+    path = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+    done = run_python(path + readme_snippet("mask"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert all(line.endswith("% of the image") for line in done.stdout.splitlines())
+    with Image.open(tmp_path / "mask.png") as mask:
+        assert mask.size == size and mask.mode == "P"
 
 
 @pytest.mark.slow
