@@ -94,8 +94,8 @@ def distributed(
 ) -> Iterator[tuple[int, int, torch.device]]:
     """(rank, world, device); with several ranks also the process group, while the block runs.
 
-    asked: --device. nccl sums tensors of GPUs, gloo those of CPUs. A rank that waits longer than
-    the timeout for another gives up.
+    asked: --device. nccl sums on GPUs, gloo on CPUs. A rank that waits for another longer than the
+    timeout gives up.
     """
     rank, world, local = read_ranks()
     device = find_device(asked, local)
