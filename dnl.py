@@ -434,7 +434,7 @@ class Config:
     lr: bool = True
     kernel: int = 3
     channels: int = 512  # of F
-    p_from: str = "feature"  # P is a 1x1 convolution of F, raw; "res3": softmax of the res3 head
+    p_from: str = "feature"  # P: a 1x1 convolution of F, raw; or one of P_FROM
     p_supervised: bool = False  # in training P is an output too
     aux_conv: bool = False  # the auxiliary heads are 3x3 + 1x1 convolutions, not 1x1
     refine: bool = False  # a 3x3 convolution follows the block
@@ -455,6 +455,7 @@ RELEASED = Config(
     dropout=0.05,
 )
 PRESETS = {"paper": PAPER, "released": RELEASED}
+P_FROM = ("feature", "res3", "res3_logits")  # res3: its head's softmax, or its logits as they are
 
 
 def resize(x: Tensor, size: tuple[int, ...]) -> Tensor:
@@ -511,7 +512,9 @@ class Network(nn.Module):
             else:
                 if aux3 is None:  # in training P and the loss share one run of the head
                     aux3 = self.aux3(res3)
-                p = resize(aux3, f.shape[2:]).softmax(1)
+                p = resize(aux3, f.shape[2:])
+                if self.config.p_from == "res3":
+                    p = p.softmax(1)
         return res2, aux3, x, f, p
 
     def forward(self, image: Tensor, full_size: bool = True) -> Tensor | tuple[Tensor, ...]:
@@ -546,10 +549,10 @@ def build(config: Config, context: Callable[[int, int], nn.Module] | None = None
             f"num_classes {c.num_classes}, channels {c.channels}: expected 1 or more; "
             f"kernel {c.kernel}: expected 0 to 31; dropout {c.dropout}: expected 0 <= dropout < 1"
         )
-    if c.p_from not in ("feature", "res3"):
-        raise ValueError(f"p_from {c.p_from!r}: expected 'feature' or 'res3'")
+    if c.p_from not in P_FROM:
+        raise ValueError(f"p_from {c.p_from!r}: expected one of {', '.join(P_FROM)}")
     if c.p_supervised and not (gr and c.p_from == "feature"):
-        raise ValueError("a supervised P needs GR with P from the feature (preset paper)")
+        raise ValueError("a supervised P needs GR with P from the feature")
     if c.context in ("dnl", "nl"):
         classes = c.num_classes if c.p_from == "feature" else 0
         module: nn.Module = DenoisedNonLocal(c.channels, classes, kernel=c.kernel, gr=gr, lr=lr)

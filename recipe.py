@@ -113,6 +113,11 @@ def network_flags(p: Parser) -> None:
     g.add_argument("--no-gr", action="store_true", help="without Global Rectifying")
     g.add_argument("--no-lr", action="store_true", help="without Local Retention")
     g.add_argument(
+        "--p-from",
+        choices=dnl.P_FROM,
+        help="P of GR: a convolution of F, or the res3 head's softmax or logits (the preset's)",
+    )
+    g.add_argument(
         "--weights",
         default="none",
         help="of the backbone: imagenet (downloaded), none, a file of torchvision or train.py "
@@ -201,6 +206,8 @@ def check_combinations(args: argparse.Namespace, world: int) -> None:
             f"--no-gr and --no-lr switch parts of --context dnl off, and this is --context "
             f"{args.context}: leave them out"
         )
+    if args.p_from and (args.context != "dnl" or args.no_gr):
+        raise InputError("--p-from is where GR has P from, and this run has no GR: leave it out")
     if args.init is not None and args.weights != "none":
         raise InputError("--init and --weights both fill the backbone: leave one out")
     if args.compile and args.recompute:
@@ -238,14 +245,16 @@ def recipe_warnings(args: argparse.Namespace) -> list[str]:
 
 def configuration(args: argparse.Namespace, num_classes: int) -> dnl.Config:
     """The network that the arguments ask for."""
+    preset = dnl.PRESETS[args.preset]
     return replace(
-        dnl.PRESETS[args.preset],
+        preset,
         num_classes=num_classes,
         backbone=args.backbone,
         context=args.context,
         gr=not args.no_gr,
         lr=not args.no_lr,
         channels=args.channels,
+        p_from=args.p_from or preset.p_from,
         p_supervised=args.coarse_weight > 0,
     )
 

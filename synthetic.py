@@ -74,7 +74,7 @@ def _paint(
     choices = rng.uniform(20, 235, (6, 3))
     contrast = np.abs((choices - first).sum(1))
     second = choices[contrast.argmax()]  # well apart in brightness, or the texture is lost
-    mix, mask = _texture(kind, h, w, rng)
+    mix, mask = texture(kind, h, w, rng)
     share = mix.astype(np.float32)[..., None]
     color = first + (second - first) * share
     top += MARGIN
@@ -84,8 +84,8 @@ def _paint(
     np.copyto(label[place], np.uint8(kind), where=mask)
 
 
-def _texture(kind: int, h: int, w: int, rng: Generator) -> tuple[ndarray, ndarray]:
-    """Mix of the two colours, 0..1, and where the object is; each broadcasts to (h, w)."""
+def texture(kind: int, h: int, w: int, rng: Generator) -> tuple[ndarray, ndarray]:
+    """Mix of a class's two colours, 0..1, and where the object is; each broadcasts to (h, w)."""
     y, x = np.ogrid[:h, :w]
     p = int(rng.integers(5, 9))  # the period in pixels
     radius = np.hypot(y + 0.5 - h / 2, x + 0.5 - w / 2) / (w / 2)

@@ -1,4 +1,4 @@
-"""The attention noise of a checkpoint in numbers: inter-class and intra-class noise of A, A', A''.
+"""The attention noise of a checkpoint in numbers, and how well GR's gate knows the classes.
 
     python -m paper.noise runs/cityscapes/best.pt                 # on the validation split
     python -m paper.noise best.pt --root DIR --queries 256 --json # one JSON object as the last line
@@ -9,8 +9,9 @@ row a of a map, at F's resolution, without the pixels of label 255:
     inter-class noise = sum of a outside class c / sum of a       0: nothing leaks to other classes
     intra-class noise = 1 - H(b) / log(n_c)                       0: an even row, without hollows
 
-b is the row on the n_c pixels of class c, normalised; H is its entropy. Both are averaged over
-queries, then over classes. Only the rows of sampled queries are computed, in fp32: no N x N map.
+b is the row on the n_c pixels of class c, normalised; H is its entropy. `paper/gate.py` defines
+the three measures of P_class. All are averaged over queries, then over classes. Only the rows of
+sampled queries are computed, in fp32: no N x N map.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
-from typing import cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -30,11 +32,22 @@ from attention import attention_inputs, require_attention
 from checkpoint import base_of, load_network, open_like
 from classes import IGNORE
 from data import DataSet, base_factor, eval_images
+from paper.gate import GATE, gate_values, pair_sums
 from ranks import find_device
 from runtime import InputError, Parser, parse_flags, print_progress, run_script
 
 MAPS = ("A", "A'", "A''")
 NOISES = ("inter", "intra")
+MEASURES = (*(f"{noise} {m}" for noise in NOISES for m in MAPS), *GATE)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a checkpoint's attention does on a data set of n classes."""
+
+    means: Tensor  # (9, n) float64, a row for each of MEASURES; NaN for a class without a value
+    counts: Tensor  # (9, n) int64, the numbers of queries in the means
+    gate: Tensor  # (n, n) float64, mean P_class by pair of classes, rows of the query's; NaN: none
 
 
 def inter_class(rows: Tensor, label: Tensor, classes: Tensor) -> Tensor:
@@ -84,18 +97,18 @@ def sample_queries(label: np.ndarray, count: int, rng: np.random.Generator) -> n
 
 
 @torch.inference_mode()
-def image_noise(
+def image_values(
     net: dnl.Network,
     image: Tensor,
     label: Tensor,
     count: int,
     rng: np.random.Generator,
     base: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Both noises of A, A', A'' for sampled queries of an image, and the queries' classes.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """MEASURES of sampled queries of an image, the queries' classes, and `gate.pair_sums`.
 
-    image (3, H, W) 0..255, label (H, W), on the network's device -> (3, 2, R) float64, (R,) int64.
-    base: of `base_factor`.
+    image (3, H, W) 0..255, label (H, W), on the network's device -> (9, R) float64, (R,) int64,
+    (2, n, n) float64. base: of `base_factor`. Without GR there is no gate: NaN, and sums of 0.
     """
     block = cast(dnl.DenoisedNonLocal, net.context)  # require_attention has checked this
     q, k, p, size = attention_inputs(net, image, base_factor(label.shape, base))
@@ -103,12 +116,18 @@ def image_noise(
     drawn = sample_queries(label.cpu().numpy(), count, rng)
     queries = torch.from_numpy(drawn).to(label.device)
     classes = label[queries]
+    maps = dnl.denoised_maps(q, k, p, size, block.kernel, queries)  # (1, R, N)
     values = []
-    for rows in dnl.denoised_maps(q, k, p, size, block.kernel, queries):  # (1, R, N)
-        values.append(inter_class(rows[0], label, classes))
-        values.append(intra_class(rows[0], label, classes))
-    shape = (len(MAPS), len(NOISES))
-    return torch.stack(values).unflatten(0, shape), classes
+    for noise in (inter_class, intra_class):
+        values += [noise(rows[0], label, classes) for rows in maps]
+    n = net.config.num_classes
+    gate = torch.full((len(GATE), len(queries)), torch.nan, device=label.device)
+    sums = torch.zeros(2, n, n, device=label.device)
+    if p is not None:
+        p_class = dnl.class_affinity(p, queries)[0]
+        gate = gate_values(p_class, label, queries)
+        sums = pair_sums(p_class, label, queries, n)
+    return torch.cat([torch.stack(values), gate]), classes, sums
 
 
 def measure(
@@ -120,19 +139,19 @@ def measure(
     device: torch.device,
     workers: int = 0,
     base: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Mean noise (3, 2, n) of each map and class, and the numbers of queries in it, (3, 2, n).
+) -> Measured:
+    """All measures of a network on a data set, on the CPU.
 
-    NaN for a class without a query. The queries of image i depend on (seed, i) only. InputError for
-    a split without ground truth.
+    The queries of image i depend on (seed, i) only. InputError for a split without ground truth.
     """
     if not dataset.labelled:
         raise InputError(
             f"split {dataset.split!r} of {dataset.name} has no ground truth: take a labelled one"
         )
-    shape = (len(MAPS), len(NOISES), len(dataset.classes))
-    sums = torch.zeros(shape, dtype=torch.float64, device=device)
+    classes = len(dataset.classes)
+    sums = torch.zeros(len(MEASURES), classes, dtype=torch.float64, device=device)
     counts = torch.zeros_like(sums)
+    pairs = torch.zeros(2, classes, classes, dtype=torch.float64, device=device)
     n = len(dataset)
     for index, image, label in eval_images(dataset, 0, 1, workers):
         print_progress(f"{index + 1}/{n} images", last=index + 1 == n)
@@ -140,21 +159,22 @@ def measure(
             continue  # no query
         image, label = image.to(device), label.to(device)
         rng = np.random.default_rng((seed, index))
-        values, classes = image_noise(net, image, label, queries, rng, base)
-        sums.index_add_(2, classes, values.nan_to_num(0))
-        counts.index_add_(2, classes, (~values.isnan()).double())
-    return (sums / counts).cpu(), counts.long().cpu()
+        values, own, of_pairs = image_values(net, image, label, queries, rng, base)
+        sums.index_add_(1, own, values.nan_to_num(0))
+        counts.index_add_(1, own, (~values.isnan()).double())
+        pairs += of_pairs
+    gate = pairs[0] / pairs[1]
+    return Measured((sums / counts).cpu(), counts.long().cpu(), gate.cpu())
 
 
-def noise_table(means: Tensor, counts: Tensor, classes: Sequence[str]) -> str:
-    """means and counts of `measure` as lines for people: a row per class, then the mean."""
+def noise_table(measured: Measured, classes: Sequence[str]) -> str:
+    """The measures as lines for people: a row per class, then the mean."""
     width = max(len("mean"), *map(len, classes))
-    numbers = counts[0, 0].tolist()
-    columns = means.transpose(0, 1).flatten(0, 1)  # (6, n), in the order of heads
-    heads = [f"{noise} {m}" for noise in NOISES for m in MAPS]
-    rows = list(zip(classes, numbers, columns.T.tolist()))
-    rows.append(("mean", sum(numbers), columns.nanmean(1).tolist()))
-    lines = [f"{'class':<{width}}  queries{row_of(heads)}"]
+    numbers = measured.counts[0].tolist()
+    means = measured.means
+    rows = list(zip(classes, numbers, means.T.tolist()))
+    rows.append(("mean", sum(numbers), means.nanmean(1).tolist()))
+    lines = [f"{'class':<{width}}  queries{row_of(MEASURES)}"]
     for name, number, values in rows:
         texts = ["-" if math.isnan(v) else f"{v:.4f}" for v in values]
         lines.append(f"{name:<{width}}  {number:>7}{row_of(texts)}")
@@ -166,22 +186,19 @@ def row_of(texts: Sequence[str]) -> str:
     return "".join(f"  {text:>9}" for text in texts)
 
 
-def as_plain(means: Tensor, counts: Tensor, classes: Sequence[str]) -> dict[str, dict]:
-    """{"A": {"inter": {"mean": x, "classes": {name: x}, "queries": {name: n}}, "intra": ...}, ...}.
+def as_plain(measured: Measured, classes: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """{"inter A": {"mean": x, "classes": {name: x}, "queries": {name: n}}, ...}, all of MEASURES.
 
     None for NaN.
     """
-    maps: dict[str, dict] = {}
-    for i, m in enumerate(MAPS):
-        maps[m] = {}
-        for j, noise in enumerate(NOISES):
-            values = means[i, j]
-            maps[m][noise] = {
-                "mean": none_if_nan(values.nanmean().item()),
-                "classes": dict(zip(classes, map(none_if_nan, values.tolist()))),
-                "queries": dict(zip(classes, counts[i, j].tolist())),
-            }
-    return maps
+    report = {}
+    for name, values, counts in zip(MEASURES, measured.means, measured.counts):
+        report[name] = {
+            "mean": none_if_nan(values.nanmean().item()),
+            "classes": dict(zip(classes, map(none_if_nan, values.tolist()))),
+            "queries": dict(zip(classes, counts.tolist())),
+        }
+    return report
 
 
 def none_if_nan(x: float) -> float | None:
@@ -213,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     net, checkpoint = load_network(args.checkpoint, device, args.context)
     require_attention(net, args.checkpoint)
     dataset = open_like(checkpoint, args.data, args.root, args.split, args.checkpoint)
-    means, counts = measure(
+    measured = measure(
         net,
         dataset,
         queries=args.queries,
@@ -222,10 +239,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         workers=args.workers,
         base=base_of(checkpoint),
     )
-    print(noise_table(means, counts, dataset.classes))
+    print(noise_table(measured, dataset.classes))
     if args.json:
         report = {
-            "maps": as_plain(means, counts, dataset.classes),
+            "measures": as_plain(measured, dataset.classes),
             "data": dataset.name,
             "split": args.split,
             "images": len(dataset),

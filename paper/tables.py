@@ -57,7 +57,7 @@ class Method:
 
     label: str
     flags: tuple[str, ...]
-    paper: tuple[float, float]  # mIoU in percent on Cityscapes val, of each of BACKBONES
+    paper: tuple[float, ...] = ()  # mIoU in percent on Cityscapes val, of each of BACKBONES
 
 
 BACKBONES = {"resnet50": "R-50", "resnet101": "R-101"}
@@ -73,9 +73,15 @@ METHODS = {  # by the name of the run's folder; Tables II, III and IV
     "danet": Method("DANet", ("--context", "paper.peers:danet"), (80.3, 81.2)),
     "dranet": Method("DRANet*", ("--context", "paper.peers:dranet"), (80.2, 81.1)),
     "dnl": Method("Denoised NL", (), (82.0, 83.5)),
+    "dnl-supervised": Method("Denoised NL, P supervised", ("--coarse-weight", "1")),
+    "dnl-res3-logits": Method("Denoised NL, P = res3 logits", ("--p-from", "res3_logits")),
+    "dnl-res3": Method("Denoised NL, P = res3 softmax", ("--p-from", "res3")),
 }
 TABLES = {
-    "ablation": ("none", "nl", "gr", "lr", "dnl"),
+    "ablation": (
+        *("none", "nl", "gr", "lr", "dnl"),
+        *("dnl-supervised", "dnl-res3-logits", "dnl-res3"),  # other readings of P
+    ),
     "compare": ("none", "ppm", "aspp", "nl", "ocnet", "ccnet", "danet", "dranet", "dnl"),
 }
 
@@ -178,7 +184,7 @@ def cells_of(table: str, out: Path, seeds: Sequence[int], flags: Sequence[str]) 
 
 def refuse_own_flags(flags: Sequence[str]) -> None:
     """InputError for a flag of train.py that the table sets."""
-    own = ("out", "resume", "seed", "context", "no_gr", "no_lr")
+    own = ("out", "resume", "seed", "context", "no_gr", "no_lr", "p_from", "coarse_weight")
     parser = recipe.training_parser()
     parser.set_defaults(**dict.fromkeys(own))
     args = parser.parse_args(flags)
@@ -334,14 +340,14 @@ def score_table(cells: Sequence[Cell], command: str) -> str:
         results = results_of([c for c in cells if c.name == name])
         last = [100 * r["miou"] for r in results]
         best = [100 * r["best"] for r in results]
-        paper = dict(zip(BACKBONES, METHODS[name].paper))
+        paper = METHODS[name].paper and dict(zip(BACKBONES, METHODS[name].paper))
         row = [
             METHODS[name].label,
             len(last),
             f"{statistics.mean(last):.2f}" if last else "",
             f"{statistics.stdev(last):.2f}" if len(last) > 1 else "",
             f"{statistics.mean(best):.2f}" if best else "",
-            " / ".join(str(paper[backbone]) for backbone in which),
+            " / ".join(str(paper[backbone]) for backbone in which) if paper else "",
         ]
         rows.append(row)
     head = "paper " + " / ".join(BACKBONES[backbone] for backbone in which)

@@ -1,0 +1,64 @@
+"""How well P_class knows whether two pixels are of one class: means and the area under ROC.
+
+GR multiplies a map by P_class, so this is its gate: it should be open between pixels of one class
+and closed between classes (Section III-D). Here, for a query pixel of class c and its row of
+P_class, over the other pixels of a known label:
+
+    same    mean over the pixels of class c                     1: all pass
+    other   mean over the pixels of other classes               0: all are stopped
+    AUC     share of (pixel of c, pixel of another class) in which the first has the larger value,
+            a tie counting half                                 0.5: the gate knows nothing
+
+Nothing is undefined but a mean over no pixel, and the AUC if one of the two groups is empty: NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from classes import IGNORE
+
+GATE = ("same", "other", "AUC")
+
+
+def gate_values(p_class: Tensor, label: Tensor, queries: Tensor) -> Tensor:
+    """same, other and AUC of each query, (3, R) float64.
+
+    p_class (R, N) 0..1, its rows; label (N,); queries (R,) indices of the rows' pixels.
+    """
+    rows = p_class.double()
+    same, other = pairs(label, queries)
+    hits, misses = same.sum(1), other.sum(1)
+    # The Mann-Whitney statistic. A value's rank is the mean of the ranks of its equals.
+    ranked = rows.masked_fill(~(same | other), torch.inf).sort(1).values  # the rest comes last
+    below = torch.searchsorted(ranked, rows)
+    upto = torch.searchsorted(ranked, rows, right=True)
+    ranks = (below + upto + 1) / 2 * same
+    wins = ranks.double().sum(1) - hits * (hits + 1) / 2
+    means = [(rows * of).sum(1) / of.sum(1) for of in (same, other)]
+    return torch.stack([*means, wins / (hits * misses)])
+
+
+def pairs(label: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether a query and a pixel are of one class, and of two, each (R, N) bool.
+
+    Neither for a pixel with itself, nor for label 255.
+    """
+    same = label == label[queries, None]
+    other = ~same & (label != IGNORE)
+    same[torch.arange(len(queries)), queries] = False
+    return same, other
+
+
+def pair_sums(p_class: Tensor, label: Tensor, queries: Tensor, n: int) -> Tensor:
+    """Sums and numbers of P_class by pair of classes, (2, n, n) float64: rows are the query's."""
+    same, other = pairs(label, queries)
+    known = (same | other).double()
+    known_label = label.masked_fill(label == IGNORE, 0)
+    onehot = F.one_hot(known_label, n).double()  # (N, n)
+    sums = torch.zeros(2, n, n, dtype=torch.float64, device=label.device)
+    for part, values in zip(sums, (p_class.double() * known, known)):
+        part.index_add_(0, label[queries], values @ onehot)
+    return sums

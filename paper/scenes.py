@@ -1,0 +1,105 @@
+"""Scenes of objects in parts that lie far apart, as a data set of `--data folder`.
+
+    python -m paper.scenes DIR              # 512 images to train on, 128 to validate
+
+An object is three plates of one colour, and one of them bears a sign that tells the class. So the
+other two say nothing about it: a network has to find the plate of the same colour that has the
+sign, wherever it lies. This is what attention is for, at a size that two cores can train on. A
+scene depends on (split, index) alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy import ndarray
+from PIL import Image
+
+import synthetic
+from runtime import InputError, Parser, print_progress, quote, run_script
+
+SIDE = 160
+SIGN = 28  # its side
+SIGNS = (2, 3, 4, 5, 6, 7)  # wall, fence, flag, board, ball, ring of `synthetic`
+CLASSES = ("ground", *(synthetic.CLASSES[i] for i in SIGNS))
+STREAMS = {"train": 0, "val": 1}  # the first number of a scene's seed
+
+
+def scene(split: str, index: int) -> tuple[ndarray, ndarray]:
+    """Image (160, 160, 3) and label (160, 160) of 7 classes, uint8: three objects of three plates.
+
+    Objects differ in class and in colour; all colours come from one distribution. Plates lie over
+    one another, but not over a sign.
+    """
+    rng = np.random.default_rng((STREAMS[split], index))
+    mix, _ = synthetic.texture(1, SIDE, SIDE, rng)
+    first, second = rng.uniform(20, 235, (2, 3))
+    image = first + (second - first) * mix[..., None]
+    label = np.zeros((SIDE, SIDE), np.uint8)
+    free = np.ones((SIDE, SIDE), bool)  # of signs
+    classes = rng.permutation(len(SIGNS))[:3]
+    bodies = distinct_colors(3, rng)
+    for part in range(3):
+        for c, body in zip(classes, bodies):
+            h, w = rng.integers(36, 61, 2)
+            corners = rng.integers(0, (SIDE - h, SIDE - w), (50, 2))
+            places = [np.s_[y : y + h, x : x + w] for y, x in corners]
+            place = next((s for s in places if free[s].all()), None)
+            if place is None:
+                continue
+            image[place] = body
+            label[place] = c + 1
+            if part == 0:
+                top = place[0].start + rng.integers(0, h - SIGN + 1)
+                left = place[1].start + rng.integers(0, w - SIGN + 1)
+                sign = np.s_[top : top + SIGN, left : left + SIGN]
+                mix, mask = synthetic.texture(SIGNS[c], SIGN, SIGN, rng)
+                other = (body + 128) % 256  # equally far in each channel
+                image[sign] += (other - body) * (mix * mask)[..., None]
+                free[sign] = False
+    image += 8 * rng.standard_normal(image.shape)
+    return image.clip(0, 255).astype(np.uint8), label
+
+
+def distinct_colors(count: int, rng: np.random.Generator) -> list[ndarray]:
+    """Colours that differ by 80 or more in at least one channel."""
+    colors: list[ndarray] = []
+    while len(colors) < count:
+        color = rng.uniform(20, 235, 3)
+        if all(np.abs(color - c).max() >= 80 for c in colors):
+            colors.append(color)
+    return colors
+
+
+def write_scenes(root: Path, counts: dict[str, int]) -> None:
+    """Write images/SPLIT, labels/SPLIT and classes.txt in `root`, counts[split] scenes of each."""
+    for split, count in counts.items():
+        for kind in ("images", "labels"):
+            (root / kind / split).mkdir(parents=True)
+        for i in range(count):
+            name = f"{split}/{i:04}.png"
+            for kind, pixels in zip(("images", "labels"), scene(split, i)):
+                Image.fromarray(pixels).save(root / kind / name)
+            print_progress(f"{split}: {i + 1}/{count} scenes", last=i + 1 == count)
+    (root / "classes.txt").write_text("\n".join(CLASSES) + "\n", "utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the data set. Returns the exit status."""
+    p = Parser(prog="python -m paper.scenes", description="Scenes of large objects in parts")
+    p.add_argument("root", type=Path, metavar="DIR", help="a new folder")
+    p.add_argument("--train", type=int, default=512, help="scenes to train on (%(default)s)")
+    p.add_argument("--val", type=int, default=128, help="scenes to validate (%(default)s)")
+    args = p.parse_args(argv)
+    if min(args.train, args.val) < 1:
+        raise InputError(f"--train {args.train}, --val {args.val}: expected 1 or more")
+    if args.root.exists():
+        raise InputError(f"{quote(args.root)}: exists: name a new folder")
+    write_scenes(args.root, {"train": args.train, "val": args.val})
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
