@@ -217,8 +217,26 @@ def over_scale(grey: Picture, width: int) -> Picture:
 def confusion_picture(matrix: np.ndarray, classes: Sequence[str]) -> Picture:
     """A confusion matrix (n, n): a row for each true class, a column for each predicted one.
 
-    A cell's colour is its share of the row's pixels. Its number is the same in percent, if there is
-    room. The row of a class without pixels is white.
+    A cell's value is its share of the row's pixels. The row of a class without pixels is white.
+    """
+    share = np.full(matrix.shape, np.nan)
+    total = matrix.sum(1, keepdims=True)
+    np.divide(matrix, total, out=share, where=total > 0)
+    title = "rows: true class; columns: predicted class; colour: share of the true class's pixels"
+    return matrix_picture(share, np.sqrt(share), classes, title, SHARES)
+
+
+def matrix_picture(
+    values: np.ndarray,
+    bright: np.ndarray,
+    classes: Sequence[str],
+    title: str,
+    scale: Sequence[str],
+) -> Picture:
+    """Values (n, n), 0..1, by pair of classes, as coloured cells with names on all sides.
+
+    bright: 0..1, where on the scale of HEAT the colours lie; scale: what it stands for at 0, 1/4,
+    1/2, 3/4 and 1. Numbers are percent, if there is room. NaN is white.
     """
     n = len(classes)
     side = max(14, min(56, 900 // n))  # of a cell
@@ -233,14 +251,13 @@ def confusion_picture(matrix: np.ndarray, classes: Sequence[str]) -> Picture:
     whole = far + margin
     width = max(whole, 600)  # room for the title
     out = Image.new("RGB", (width, whole), "white")
-    cells = confusion_cells(matrix, side, font)
+    cells = matrix_cells(values, bright, side, font)
     out.paste(cells, (margin, margin))
     out.paste(left, (0, margin))
     out.paste(right, (far, margin))
     out.paste(top, (margin, 0))
     out.paste(bottom, (margin, far))
-    title = "rows: true class; columns: predicted class; colour: share of the true class's pixels"
-    return sheet([[out]], [title], SHARES, HEAT, width)
+    return sheet([[out]], [title], scale, HEAT, width)
 
 
 def draw_names(classes: Sequence[str], side: int, font: Font, width: int, anchor: str) -> Picture:
@@ -261,13 +278,11 @@ def draw_names(classes: Sequence[str], side: int, font: Font, width: int, anchor
     return out
 
 
-def confusion_cells(matrix: np.ndarray, side: int, font: Font) -> Picture:
-    """The coloured cells of `confusion_picture`, each `side` pixels wide and high."""
-    n = len(matrix)
-    total = matrix.sum(1, keepdims=True)
-    share = matrix / np.maximum(total, 1)
-    colors = heat(np.sqrt(share))
-    absent = total[:, 0] == 0
+def matrix_cells(values: np.ndarray, bright: np.ndarray, side: int, font: Font) -> Picture:
+    """The coloured cells of `matrix_picture`, each `side` pixels wide and high."""
+    n = len(values)
+    absent = np.isnan(values)
+    colors = heat(np.where(absent, 0, bright))
     colors[absent] = 255
     out = Image.fromarray(colors)
     out = out.resize((n * side, n * side), Resampling.NEAREST)
@@ -281,13 +296,13 @@ def confusion_cells(matrix: np.ndarray, side: int, font: Font) -> Picture:
         draw.line((at, 0, at, end), color)
     if side < 32:
         return out
-    for i, j in np.argwhere(matrix):
+    for i, j in np.argwhere(values > 0):
         ink = "white"
-        if share[i, j] > 0.3:
+        if bright[i, j] > 0.55:
             ink = "black"
         x = (j + 0.5) * side
         y = (i + 0.5) * side
-        percent = f"{100 * share[i, j]:.0f}"
+        percent = f"{100 * values[i, j]:.0f}"
         draw.text((x, y), percent, ink, font, "mm")
     return out
 

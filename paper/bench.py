@@ -1,6 +1,6 @@
 """What the block, the network and the loader cost on this machine (Section III-F, Table V).
 
-    python -m paper.bench block   [--grow] [--runs N] [--json]
+    python -m paper.bench block   [--grow] [--busy] [--runs N] [--json]
     python -m paper.bench network [--backbone resnet101] [--size 256 256] [--amp auto] ...
     python -m paper.bench loader  [--images 8] [--crop 768] [--runs N] [--json]
 
@@ -10,15 +10,16 @@ last line:
 
     machine  cpu, cores, threads, torch, device
     memory   how the peaks were taken and what is subtracted (block, network)
-    rows     block: n, dtype, pass (forward, forward+backward), route (value, map, nl; on a GPU
-             sdpa), seconds, peak (bytes over the inputs), peak_over_outputs (over the results too)
+    rows     block: n, dtype, layout (what is innermost in memory: channels, as in the network, or
+             pixels), pass (forward, forward+backward), route (value, map, nl; on a GPU sdpa),
+             seconds, peak (bytes over the inputs), peak_over_outputs (over the results too)
              network: what (training, inference), variant (asked, plain), seconds, peak (bytes over
              held and the batch), flops (of a call), flops_per_second, matrix_flops_per_second (of
              a large product), share (their quotient), images_per_second, held (bytes of weights,
              statistics, momentum), amp, channels_last
              loader: route (resize_all, crop_first, cached), seconds (an image), images_per_second
              (of one worker)
-    ratios   block: "DTYPE PASS value/nl", "... map/value" of times
+    ratios   block: "DTYPE LAYOUT PASS value/nl", "... map/value" of times
              network: "WHAT asked/plain" of times
              loader: "crop_first/resize_all", "cached/crop_first" of images per second
     file_mb  loader: megabytes of a generated PNG
@@ -28,7 +29,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -52,6 +56,7 @@ LARGE = ((64, 128), (128, 256))  # N = 8192; N = 32768: an image of 2048 x 4096
 GROW = ((24, 24), (96, 96), (192, 192))  # with SIZE: each N is four times the one before
 CHANNELS = 512  # C; C' is an eighth of it
 CLASSES = 19
+LAYOUTS = ("channels", "pixels")  # what is innermost in memory
 
 Size = tuple[int, int]  # (H, W)
 Report = dict[str, Any]
@@ -92,16 +97,20 @@ def draw_inputs(
     classes: int,
     device: torch.device,
     dtype: torch.dtype,
+    layout: str = "channels",
 ) -> tuple[list[Tensor], Tensor]:
     """Random [Q, K, V, P] of one image with n pixels, and a gradient of the sum in eq. 3.
 
-    Their channels are innermost in memory, as in the network.
+    layout: one of LAYOUTS.
     """
     generator = torch.Generator().manual_seed(0)
     drawn = []
     for width in (channels // 8, channels // 8, channels, classes, channels):
         x = torch.randn(1, n, width, generator=generator)
-        drawn.append(x.to(device, dtype).mT)
+        x = x.to(device, dtype).mT
+        if layout == "pixels":
+            x = x.contiguous()
+        drawn.append(x)
     q, k, v, p, grad = drawn
     inputs = [q / 4, k / 4, v, p]  # logits of deviation sqrt(C'/64) / 2
     for x in inputs:
@@ -117,10 +126,11 @@ def block_rows(
     dtype: torch.dtype,
     channels: int = CHANNELS,
     classes: int = CLASSES,
+    layout: str = "channels",
 ) -> list[Report]:
     """Rows (module docstring) of the named ROUTES on random Q, K, V, P at batch 1."""
     n = size[0] * size[1]
-    inputs, grad = draw_inputs(n, channels, classes, device, dtype)
+    inputs, grad = draw_inputs(n, channels, classes, device, dtype, layout)
 
     def forward(name: str) -> list[Tensor]:
         with torch.no_grad():
@@ -140,6 +150,7 @@ def block_rows(
             row = {
                 "n": n,
                 "dtype": str(dtype).removeprefix("torch."),
+                "layout": layout,
                 "pass": what,
                 "route": name,
                 "seconds": times[name],
@@ -151,7 +162,8 @@ def block_rows(
 
 
 def block(runs: int, device: torch.device, grow: bool = False) -> Report:
-    """The report (module docstring): all routes at N = 2304, the value route at larger N too.
+    """The report (module docstring): all routes at N = 2304 in both layouts, the value route at
+    larger N too.
 
     In fp32; on a GPU in bf16 as well.
     """
@@ -164,7 +176,8 @@ def block(runs: int, device: torch.device, grow: bool = False) -> Report:
         large_runs = runs
     rows = []
     for dtype in dtypes:
-        rows += block_rows(SIZE, names, runs, device, dtype)
+        for layout in LAYOUTS:
+            rows += block_rows(SIZE, names, runs, device, dtype, layout=layout)
         for size in GROW if grow else LARGE:
             rows += block_rows(size, ["value"], large_runs, device, dtype)
     return {
@@ -175,11 +188,11 @@ def block(runs: int, device: torch.device, grow: bool = False) -> Report:
 
 
 def block_ratios(rows: Sequence[Report]) -> dict[str, float]:
-    """Times of value over nl and of map over value, for each dtype and pass of the first N."""
+    """Times of value over nl and of map over value, for each case of the first N."""
     times = {}
     for row in rows:
         if row["n"] == rows[0]["n"]:
-            case = f"{row['dtype']} {row['pass']}"
+            case = f"{row['dtype']} {row['layout']} {row['pass']}"
             times[case, row["route"]] = row["seconds"]
     ratios = {}
     for above, below in (("value", "nl"), ("map", "value")):
@@ -187,6 +200,16 @@ def block_ratios(rows: Sequence[Report]) -> dict[str, float]:
             if route == above:
                 ratios[f"{case} {above}/{below}"] = seconds / times[case, below]
     return ratios
+
+
+@contextmanager
+def spinning() -> Iterator[subprocess.Popen]:
+    """Another process computes without end in the meantime: readers do so beside a training."""
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as child:
+        try:
+            yield child
+        finally:
+            child.kill()
 
 
 # ---- the network
@@ -332,6 +355,7 @@ def parse_bench(argv: Sequence[str] | None = None) -> argparse.Namespace:
     which = parser.add_subparsers(dest="what", required=True)
     p = which.add_parser("block")
     p.add_argument("--grow", action="store_true", help="N = 576 ... 36864, not 8192 and 32768")
+    p.add_argument("--busy", action="store_true", help="while another process spins on one core")
     p = which.add_parser("network")
     p.add_argument("--backbone", choices=list(dnl.LAYOUTS), default="resnet101")
     p.add_argument("--channels", type=int, default=CHANNELS, help="of F")
@@ -359,7 +383,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = find_device(args.device)
     report: dict[str, Any] = {"machine": machine(device)}
     if args.what == "block":
-        report |= block(args.runs, device, args.grow)
+        with spinning() if args.busy else nullcontext():
+            report |= block(args.runs, device, args.grow)
     elif args.what == "network":
         config = replace(
             dnl.PAPER, backbone=args.backbone, channels=args.channels, num_classes=args.classes

@@ -4,6 +4,7 @@
     python -m paper.figures compare nl.pt dnl.pt --names NL Ours --images 0 7 30   # Figs. 5 to 9
     python -m paper.figures region nl.pt dnl.pt --class road --images 0 7          # Fig. 10
     python -m paper.figures curves runs/nl runs/dnl                                # loss and mIoU
+    python -m paper.figures gate best.pt                                           # P_class
 
 The data set is the checkpoint's; --data and --root name another. A pixel is X,Y, counted from 0.
 """
@@ -28,13 +29,15 @@ from data import DataSet, base_factor, read
 from decode import decode_image
 from evaluate import predict_ids
 from paper.curves import curves
-from pictures import GAP, colorize, sheet, with_ignored
+from paper.noise import measure
+from pictures import GAP, colorize, matrix_picture, sheet, with_ignored
 from ranks import choose_amp, find_device
-from runtime import AMP, InputError, Parser, add_flags, run_script, write_result
+from runtime import AMP, InputError, Parser, add_flags, quote, run_script, write_result
 
 Pixel = tuple[int, int]  # (x, y)
 Box = tuple[int, int, int]  # (left, top, side)
 DIFFERENT = "white boxes: where the predictions differ most"
+PERCENT = ("0 %", "25 %", "50 %", "75 %", "100 %")
 WRONG = "white boxes: where the prediction differs from the truth most"
 
 
@@ -84,6 +87,23 @@ def attention(args: argparse.Namespace, device: torch.device) -> Image.Image:
             row = attention_row(net, image, (x, y), caption, args.width, factor)
             rows.append(row)
     return attention_sheet(rows)
+
+
+def gate(args: argparse.Namespace, device: torch.device) -> Image.Image:
+    """Mean P_class of pixels of two classes, for each pair of classes. InputError without GR."""
+    net, checkpoint = load(args.checkpoint, device, args.context)
+    require_attention(net, args.checkpoint)
+    if not net.context.gr:
+        raise InputError(
+            f"{quote(args.checkpoint)}: trained without GR, so it has no P_class: give a "
+            "checkpoint of --context dnl without --no-gr"
+        )
+    dataset = open_like(checkpoint, args.data, args.root, args.split, args.checkpoint)
+    base = base_of(checkpoint)
+    measured = measure(net, dataset, queries=64, seed=0, device=device, workers=2, base=base)
+    means = measured.gate.numpy()
+    title = "mean P_class: rows are the query pixel's class, columns the other pixel's; in percent"
+    return matrix_picture(means, means, dataset.classes, title, PERCENT)
 
 
 # ---- predictions, compared
@@ -245,7 +265,7 @@ def titles_of(paths: list[str], names: list[str] | None) -> list[str]:
 
 
 def figures_parser() -> Parser:
-    """The flags of the four figures."""
+    """The flags of the five figures."""
     parser = Parser(prog="python -m paper.figures", description="The paper's figures")
     figures = parser.add_subparsers(dest="figure", required=True)
     p = figures.add_parser("attention", help="A, A', A'' and P_class of chosen pixels")
@@ -253,6 +273,9 @@ def figures_parser() -> Parser:
     p.add_argument("images", nargs="+", metavar="IMAGE")
     p.add_argument("--pixel", type=pixel_of, nargs="+", metavar="X,Y", help="(default: two drawn)")
     p.add_argument("--seed", type=int, default=0, help="of drawn pixels")
+    p = figures.add_parser("gate", help="mean P_class by pair of classes")
+    p.add_argument("checkpoint")
+    add_flags(p, "data", "root", "split")
     compared = figures.add_parser("compare", help="predictions side by side")
     compared.set_defaults(name=None)
     regions = figures.add_parser("region", help="the region predicted as one class")
@@ -274,7 +297,8 @@ def figures_parser() -> Parser:
     for name, p in figures.choices.items():
         text = f"the picture to write (default: {name}.png)"
         p.add_argument("--out", default=f"{name}.png", help=text)
-        p.add_argument("--width", type=int, default=900, help="in pixels (default: 900)")
+        if name != "gate":  # its width is that of its cells
+            p.add_argument("--width", type=int, default=900, help="in pixels (default: 900)")
         if name != "curves":
             add_flags(p, "device")
             p.add_argument(
@@ -289,7 +313,7 @@ def figures_parser() -> Parser:
 def parse_figure(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments. InputError for values out of range."""
     args = figures_parser().parse_args(argv)
-    if not 200 <= args.width <= 20000:
+    if args.figure != "gate" and not 200 <= args.width <= 20000:
         raise InputError(f"--width {args.width}: expected 200 to 20000")
     if args.figure in ("compare", "region"):
         least = 40 * (len(args.checkpoints) + 2)
@@ -313,6 +337,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         picture = curves(args.runs, titles, args.width)
     elif args.figure == "attention":
         picture = attention(args, find_device(args.device))
+    elif args.figure == "gate":
+        picture = gate(args, find_device(args.device))
     else:
         picture = compare(args, find_device(args.device))
     write_result(Path(args.out), lambda f: picture.save(f, "PNG"))

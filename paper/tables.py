@@ -6,47 +6,36 @@
 
 Table II (ablation) and Tables III and IV (compare) train every method with every seed by train.py,
 which gets all flags not known here. OUT/METHOD-seedS is a run of train.py; its output.txt holds
-what train.py printed. OUT/results.jsonl has a line for each finished run, OUT/table.md the mean and
-standard deviation beside the paper's figures. The same command again goes on from there and repeats
-no finished run.
+what train.py printed. OUT/results.jsonl has a line for each finished run. OUT/table.md has the mean
+and standard deviation beside the paper's figures, the differences seed by seed, and the noise of
+the attention. The same command again goes on from there and repeats no finished run.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
-import os
 import shlex
 import signal
 import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import dnl
 import recipe
+from checkpoint import base_of, load_network, open_like
 from data import open_dataset
 from paper.complexity import complexity, complexity_table
 from paper.measure import markdown
+from paper.noise import MEASURES, as_plain, measure
+from paper.runs import Cell, locked, run_cells
 from ranks import find_device
-from runtime import (
-    InputError,
-    Parser,
-    add_flags,
-    open_lock,
-    print_line,
-    print_progress,
-    quote,
-    run_script,
-    write,
-)
+from runtime import InputError, Parser, add_flags, print_line, run_script, write
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
@@ -73,7 +62,9 @@ METHODS = {  # by the name of the run's folder; Tables II, III and IV
     "danet": Method("DANet", ("--context", "paper.peers:danet"), (80.3, 81.2)),
     "dranet": Method("DRANet*", ("--context", "paper.peers:dranet"), (80.2, 81.1)),
     "dnl": Method("Denoised NL", (), (82.0, 83.5)),
-    "dnl-supervised": Method("Denoised NL, P supervised", ("--coarse-weight", "1")),
+    "dnl-supervised": Method(
+        "Denoised NL, P supervised", ("--p-from", "feature", "--coarse-weight", "1")
+    ),
     "dnl-res3-logits": Method("Denoised NL, P = res3 logits", ("--p-from", "res3_logits")),
     "dnl-res3": Method("Denoised NL, P = res3 softmax", ("--p-from", "res3")),
 }
@@ -84,78 +75,16 @@ TABLES = {
     ),
     "compare": ("none", "ppm", "aspp", "nl", "ocnet", "ccnet", "danet", "dranet", "dnl"),
 }
+PAIRS = {  # whose runs of the same seed are compared: (method, the one it is held against)
+    "ablation": (
+        *(("nl", "none"), ("gr", "nl"), ("lr", "nl"), ("dnl", "nl")),
+        *(("dnl-supervised", "dnl"), ("dnl-res3-logits", "dnl"), ("dnl-res3", "dnl")),
+    ),
+    "compare": tuple(("dnl", other) for other in TABLES["compare"][:-1]),
+}
+QUERIES = 16  # of an image, for the gate and the noise
 
-# ---- one run
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One training run. argv: all flags of train.py; settings: what they come to."""
-
-    name: str
-    seed: int
-    out: Path
-    argv: tuple[str, ...]
-    settings: dict[str, Any]
-
-    def log(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """The last settings and the epochs of log.jsonl; none before the end of the first epoch.
-
-        InputError: another file of that name.
-        """
-        path = self.out / "log.jsonl"
-        if not path.exists():
-            return {}, []
-        try:
-            lines = [json.loads(line) for line in path.read_text().splitlines()]
-            settings = [line["settings"] for line in lines if "settings" in line][-1]
-            epochs = [line for line in lines if "settings" not in line]
-            if type(settings["epochs"]) is not int or not all(map(is_epoch, epochs)):
-                raise ValueError("other values than train.py writes")
-        except (ValueError, LookupError, TypeError, RecursionError) as e:
-            raise InputError(
-                f"{quote(path)}: not the log of a run ({e}): remove its folder, or choose another "
-                "--out"
-            ) from None
-        return settings, epochs
-
-    def epoch(self) -> int:
-        """Epochs that are done."""
-        _, epochs = self.log()
-        return max((e["epoch"] for e in epochs), default=0)
-
-    def result(self) -> dict[str, Any] | None:
-        """The line of results.jsonl; None while unfinished.
-
-        miou: of the last epoch; best: the highest of all epochs. InputError if the finished run has
-        other settings than this cell.
-        """
-        was, epochs = self.log()
-        if not epochs or epochs[-1]["epoch"] < was["epochs"] or epochs[-1]["miou"] is None:
-            return None
-        differ = []
-        for key, value in self.settings.items():
-            if key in was and was[key] != value:
-                differ.append(f"{key} {was[key]} -> {value}")
-        if differ:
-            raise InputError(
-                f"{quote(self.out)}: finished with other settings ({'; '.join(differ)}): repeat "
-                "its flags to keep it, or choose another --out"
-            )
-        return {
-            "method": self.name,
-            "seed": self.seed,
-            "miou": epochs[-1]["miou"],
-            "best": max(e["miou"] for e in epochs if e["miou"] is not None),
-            "out": str(self.out),
-            "settings": was,
-        }
-
-
-def is_epoch(line: dict[str, Any]) -> bool:
-    """Whether a line of a log has a whole epoch, and mIoU None or 0..1."""
-    miou = line["miou"]
-    return type(line["epoch"]) is int and (miou is None or 0 <= miou <= 1)
+# ---- the runs
 
 
 def cells_of(table: str, out: Path, seeds: Sequence[int], flags: Sequence[str]) -> list[Cell]:
@@ -194,160 +123,26 @@ def refuse_own_flags(flags: Sequence[str]) -> None:
             raise InputError(f"--{flag} among train.py's flags: the table sets it, leave it out")
 
 
-# ---- all runs
+# ---- the tables
 
 
-def start(cell: Cell, slot: int, jobs: int, script: Path, lock: int) -> subprocess.Popen:
-    """Start train.py for a cell. If there are several GPUs, each slot has one.
-
-    The run holds the table's lock while it lives.
-    """
-    env = os.environ.copy()
-    visible = env.get("CUDA_VISIBLE_DEVICES")
-    gpus = [str(i) for i in range(torch.cuda.device_count())]  # makes no CUDA context
-    if visible:
-        gpus = visible.split(",")
-    if len(gpus) > 1:
-        env["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
-    if jobs > 1:  # otherwise each run takes all cores
-        threads = max(1, (os.cpu_count() or 1) // jobs)
-        env.setdefault("OMP_NUM_THREADS", str(threads))
-    cell.out.mkdir(parents=True, exist_ok=True)
-    with open(cell.out / "output.txt", "a") as output:
-        return subprocess.Popen(
-            [sys.executable, str(script), *cell.argv],
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            pass_fds=[lock],
-        )
-
-
-@contextmanager
-def locked(out: Path) -> Iterator[int]:
-    """Lock OUT and yield the lock's file number. InputError if another command has it.
-
-    Runs that outlive a killed command hold it too.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    with open_lock(out / ".lock") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"{quote(out)}: another command, or a run it left, works there: wait or stop it"
-            ) from None
-        yield file.fileno()
-
-
-@contextmanager
-def children() -> Iterator[dict[subprocess.Popen, tuple[Cell, int]]]:
-    """Running processes, with the cell and the slot of each.
-
-    At Ctrl-C or SIGTERM they are told to save and stop, and waited for.
-    """
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    running: dict[subprocess.Popen, tuple[Cell, int]] = {}
-    old = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield running
-    finally:
-        try:
-            for child in running:
-                child.terminate()
-            for child in running:
-                child.wait()
-        except KeyboardInterrupt:  # a second time; a run may be in a long validation
-            for child in running:
-                child.kill()
-        signal.signal(signal.SIGTERM, old)
-
-
-def print_outcome(cell: Cell, status: int) -> bool:
-    """Print how a run ended, and the end of its output if it failed. Whether it is finished."""
-    result = None if status else cell.result()
-    if result:
-        print_line(f"{cell.out}: mIoU {100 * result['miou']:.2f} %")
-        return True
-    output = (cell.out / "output.txt").read_text(errors="replace")
-    text = f"{cell.out}: failed, exit status {status}; the others go on. The end of its output:"
-    print_line("\n    ".join([text, *output.splitlines()[-20:]]), error=True)
-    return False
-
-
-def run_cells(
-    cells: Sequence[Cell], jobs: int, lock: int, ended: Callable[[], None], script: Path
-) -> list[Cell]:
-    """Train the unfinished cells, `jobs` at a time. Call `ended` after each. Returns the failed."""
-    waiting = [c for c in cells if c.result() is None]
-    slots = list(range(jobs))
-    failed: list[Cell] = []
-    before = {c.out: c.epoch() for c in cells}
-    began = time.monotonic()
-    shown = -math.inf
-    print_line(f"{len(cells) - len(waiting)} of {len(cells)} runs are finished")
-    with children() as running:
-        while waiting or running:
-            while waiting and slots:
-                cell, slot = waiting.pop(0), slots.pop(0)
-                running[start(cell, slot, jobs, script, lock)] = cell, slot
-            time.sleep(0.1)
-            for child in [c for c in running if c.poll() is not None]:
-                cell, slot = running.pop(child)
-                slots.append(slot)
-                if not print_outcome(cell, child.returncode):
-                    failed.append(cell)
-                ended()
-                shown = -math.inf
-            if time.monotonic() - shown > 60:
-                shown = time.monotonic()
-                going = [c for c in cells if c not in failed]
-                line = progress_line(going, before, shown - began)
-                print_progress(line, last=not running, log=True)
-    return failed
-
-
-def progress_line(cells: Sequence[Cell], before: Mapping[Path, int], seconds: float) -> str:
-    """Epochs of all cells, and the time left at the pace of these `seconds`.
-
-    before: the epochs that were done at their start.
-    """
-    done = sum(c.epoch() for c in cells)
-    total = sum(c.settings["epochs"] for c in cells)
-    new = done - sum(before[c.out] for c in cells)
-    line = f"epoch {done}/{total} of all runs"
-    if new:
-        left = int(seconds * (total - done) / new)
-        line += f", left {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
-    return line
-
-
-# ---- the table
-
-
-def score_table(cells: Sequence[Cell], command: str) -> str:
+def score_table(cells: Sequence[Cell]) -> str:
     """Mean and sample standard deviation of each method beside the paper's figures, as Markdown."""
     s = cells[0].settings
-    which = list(BACKBONES)
-    if s["backbone"] in which:
-        which = [s["backbone"]]
+    which = [name for name in BACKBONES if name == s["backbone"]] or list(BACKBONES)
     rows = []
-    for name in dict.fromkeys(c.name for c in cells):
-        results = results_of([c for c in cells if c.name == name])
+    for name, results in results_by_method(cells).items():
         last = [100 * r["miou"] for r in results]
         best = [100 * r["best"] for r in results]
-        paper = METHODS[name].paper and dict(zip(BACKBONES, METHODS[name].paper))
+        method = METHODS[name]
+        paper = dict(zip(BACKBONES, method.paper))
         row = [
-            METHODS[name].label,
+            method.label,
             len(last),
             f"{statistics.mean(last):.2f}" if last else "",
             f"{statistics.stdev(last):.2f}" if len(last) > 1 else "",
             f"{statistics.mean(best):.2f}" if best else "",
-            " / ".join(str(paper[backbone]) for backbone in which) if paper else "",
+            " / ".join(str(paper[backbone]) for backbone in which if paper),
         ]
         rows.append(row)
     head = "paper " + " / ".join(BACKBONES[backbone] for backbone in which)
@@ -358,14 +153,95 @@ def score_table(cells: Sequence[Cell], command: str) -> str:
         "deviation over the seeds. Best epoch: mean of each run's best, which is chosen on the "
         f"split that it is measured on. {s['backbone']}, preset {s['preset']}, epochs "
         f"{s['epochs']}, crop {s['crop']}, batch {s['batch']}. The paper's: Cityscapes val, epochs "
-        f"240, crop 768, batch 8.\n\n    {command}\n"
+        "240, crop 768, batch 8."
     )
+
+
+def results_by_method(cells: Sequence[Cell]) -> dict[str, list[dict[str, Any]]]:
+    """The results of the finished cells of each method."""
+    results: dict[str, list[dict[str, Any]]] = {cell.name: [] for cell in cells}
+    for result in results_of(cells):
+        results[result["method"]].append(result)
+    return results
 
 
 def results_of(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """The results of the finished cells."""
     results = [cell.result() for cell in cells]
     return [r for r in results if r is not None]
+
+
+def paired_table(cells: Sequence[Cell], pairs: Sequence[tuple[str, str]]) -> str:
+    """The difference of two methods, seed by seed, in points of mIoU, as Markdown."""
+    scores = {}
+    for name, results in results_by_method(cells).items():
+        scores[name] = {r["seed"]: 100 * r["miou"] for r in results}
+    rows = []
+    for name, other in pairs:
+        seeds = [seed for seed in scores[name] if seed in scores[other]]
+        gains = [scores[name][seed] - scores[other][seed] for seed in seeds]
+        row = [f"{METHODS[name].label} - {METHODS[other].label}", len(gains), "", "", ""]
+        if gains:
+            row[2] = f"{statistics.mean(gains):+.2f}"
+            row[3] = f"{min(gains):+.2f} to {max(gains):+.2f}"
+            row[4] = f"{sign_flip_p(gains):.3f}"
+        rows.append(row)
+    return (
+        f"{markdown(('Difference', 'seeds', 'mean, points', 'range', 'p'), rows)}\n\n"
+        "p: how often a mean this far from 0 comes about if each difference had its sign by chance "
+        "(two-sided, over all choices of signs; of n seeds at least 2 / 2^n)."
+    )
+
+
+def sign_flip_p(gains: Sequence[float]) -> float:
+    """The two-sided p of the paired permutation test.
+
+    The share of all 2^n choices of signs whose sum is as far from 0 as the sum of `gains`, or more.
+    """
+    sums = torch.zeros(1, dtype=torch.float64)
+    for gain in gains:
+        sums = torch.cat([sums + gain, sums - gain])
+    own = abs(math.fsum(gains))
+    return (sums.abs() >= own - 1e-9).double().mean().item()
+
+
+def attention_table(cells: Sequence[Cell]) -> str:
+    """The gate and the noise of each method, means over its measured runs, as Markdown."""
+    rows = []
+    for name in dict.fromkeys(cell.name for cell in cells):
+        found = [cell.attention() for cell in cells if cell.name == name]
+        runs = [measures for measures in found if measures]
+        if not runs:
+            continue
+        row = [METHODS[name].label, len(runs)]
+        for key in MEASURES:
+            values = [x for x in (measures[key] for measures in runs) if x is not None]
+            row.append(f"{statistics.mean(values):.3f}" if values else "")
+        rows.append(row)
+    return (
+        f"{markdown(('Method', 'runs', *MEASURES), rows)}\n\n"
+        "Noise between classes (inter) and within (intra) of A, A', A''; 0 is clean. Mean P_class "
+        "of pixels of the same class and of another, and how often it is larger for the same "
+        "(AUC; 0.5: it knows nothing). paper/noise.py and paper/gate.py define them. Means over "
+        f"queries ({QUERIES} an image), classes and runs, of last.pt."
+    )
+
+
+def measure_attention(cells: Sequence[Cell], device: torch.device) -> None:
+    """Measure the finished runs that have attention and a last.pt, each once."""
+    for cell in cells:
+        path = cell.out / "last.pt"
+        if cell.result() is None or cell.attention() is not None or not path.exists():
+            continue
+        net, checkpoint = load_network(path, device, cell.settings["context"])
+        if not isinstance(net.context, dnl.DenoisedNonLocal):
+            continue
+        dataset = open_like(checkpoint, None, None, "val", str(path))
+        base = base_of(checkpoint)
+        measured = measure(net, dataset, queries=QUERIES, seed=0, device=device, base=base)
+        plain = as_plain(measured, dataset.classes)
+        means = {name: values["mean"] for name, values in plain.items()}
+        cell.save_attention(means)
 
 
 def run_table(
@@ -384,16 +260,19 @@ def run_table(
     own = (table, "--out", str(out), "--seeds", *map(str, seeds))
     command = shlex.join(["python", "-m", "paper.tables", *own, "--", *flags])
 
-    def write_results() -> None:
+    def write_results() -> str:
         lines = "".join(json.dumps(r) + "\n" for r in results_of(cells))
         write(out / "results.jsonl", lambda f: f.write(lines.encode()))
-        text = score_table(cells, command)
+        parts = [score_table(cells), paired_table(cells, PAIRS[table]), attention_table(cells)]
+        text = "\n\n".join([*parts, f"    {command}\n"])
         write(out / "table.md", lambda f: f.write(text.encode()))
+        return text
 
     with locked(out) as lock:
         write_results()
         failed = run_cells(cells, jobs, lock, write_results, script)
-    print(score_table(cells, command))
+        measure_attention(cells, find_device("auto"))
+        print(write_results())
     if failed:
         return 1
     return 0

@@ -61,14 +61,32 @@ def test_block_rows():
 
 
 def test_block_ratios():
-    def row(n, route, seconds):
-        return {"n": n, "dtype": "float32", "pass": "forward", "route": route, "seconds": seconds}
+    def row(n, route, seconds, layout="channels"):
+        names = {"dtype": "float32", "layout": layout, "pass": "forward", "route": route}
+        return {"n": n, "seconds": seconds} | names
 
     rows = [row(4, "value", 2.0), row(4, "map", 12.0), row(4, "nl", 4.0), row(16, "value", 90.0)]
+    rows += [row(4, "value", 3.0, "pixels"), row(4, "map", 3.0, "pixels")]
+    rows.append(row(4, "nl", 1.0, "pixels"))
     assert bench.block_ratios(rows) == {
-        "float32 forward value/nl": 0.5,
-        "float32 forward map/value": 6.0,
+        "float32 channels forward value/nl": 0.5,
+        "float32 channels forward map/value": 6.0,
+        "float32 pixels forward value/nl": 3.0,
+        "float32 pixels forward map/value": 1.0,
     }
+
+
+def test_layouts_hold_the_same_numbers():
+    drawn = [bench.draw_inputs(12, 16, 3, CPU, torch.float32, layout) for layout in bench.LAYOUTS]
+    for a, b in zip(drawn[0][0], drawn[1][0], strict=True):
+        assert torch.equal(a, b) and a.shape[2] == 12
+        assert a.stride(1) == 1 and b.stride(2) == 1  # what is innermost
+
+
+def test_another_process_spins_meanwhile():
+    with bench.spinning() as child:
+        assert child.poll() is None
+    assert child.poll() is not None
 
 
 def test_network_report():

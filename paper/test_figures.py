@@ -4,12 +4,14 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import classes
+import data
 import pictures
 import synthetic
-from paper import curves, figures
+from paper import curves, figures, noise
 from paper.test_noise import checkpoint
 from runtime import InputError
 
@@ -227,3 +229,24 @@ def test_wrong_input_is_one_clear_line(made, monkeypatch, argv, message):
     with pytest.raises(InputError, match=message) as error:
         figures.main(argv)
     assert "\n" not in str(error.value)
+
+
+def test_the_gate_shows_the_mean_of_p_class_by_pair(made, tmp_path, monkeypatch):
+    """The cells' colours against `measure`; a checkpoint without GR is refused."""
+    monkeypatch.setitem(synthetic.SIZES, "val", 2)
+    out = tmp_path / "gate.png"
+    assert figures.main(["gate", str(made / "dnl.pt"), "--out", str(out)]) == 0
+    net, _ = figures.load(str(made / "dnl.pt"), torch.device("cpu"), [])
+    dataset = data.open_dataset("synthetic", None, "val")
+    means = noise.measure(net, dataset, queries=64, seed=0, device=torch.device("cpu")).gate
+    expected = pictures.heat(means.nan_to_num(0).numpy())
+    expected[means.isnan()] = 255
+    shown = np.asarray(Image.open(out))
+    margin = (shown.shape[1] - 8 * 56) // 2
+    top = next(
+        y for y in range(shown.shape[0]) if (shown[y + 4, margin + 4] == expected[0, 0]).all()
+    )
+    cells = shown[top + 12 : top + 8 * 56 : 56, margin + 8 : margin + 8 * 56 : 56]
+    assert np.array_equal(cells, expected)
+    with pytest.raises(InputError, match=r"nl\.pt: trained without GR, so it has no P_class"):
+        figures.main(["gate", str(made / "nl.pt"), "--out", str(out)])

@@ -14,6 +14,7 @@ import dnl
 import synthetic
 from checkpoint import VERSION
 from paper import noise
+from paper.test_gate import loops as gate_loops
 from runtime import InputError
 
 
@@ -146,31 +147,37 @@ def test_whole_checkpoint_against_loops(tmp_path, monkeypatch, capsys, changes):
             q, k, _, p = net.context.inputs(f, p)
             # of all 80 pixels, which are fewer than the 100 queries asked for
             maps = dnl.denoised_maps(q, k, p, (8, 10), net.context.kernel)
+            p_class = None if p is None else dnl.class_affinity(p)[0]
         small = [label[round(i * 127 / 7), round(j * 159 / 9)] for i in range(8) for j in range(10)]
         for m, a in enumerate(maps):
             for j, c in enumerate(small):
                 for kind, value in enumerate(loops(a[0, j].double(), small, c)):
                     if value is not None:
-                        sums.setdefault((m, kind, int(c)), []).append(value)
+                        sums.setdefault((kind * 3 + m, int(c)), []).append(value)
+        for j, c in enumerate(small):
+            values = [] if p_class is None else gate_loops(p_class[j], small, j)
+            for m, value in enumerate(values, 6):
+                if value is not None:
+                    sums.setdefault((m, int(c)), []).append(value)
     assert noise.main([str(tmp_path / "c.pt"), "--queries", "100", "--workers", "0", "--json"]) == 0
     lines = capsys.readouterr().out.splitlines()
     got = json.loads(lines[-1])
-    for m, name in enumerate(("A", "A'", "A''")):
-        for kind, word in enumerate(("inter", "intra")):
-            means = {c: sum(v) / len(v) for (a, b, c), v in sums.items() if (a, b) == (m, kind)}
-            part = got["maps"][name][word]
-            assert part["mean"] == pytest.approx(sum(means.values()) / len(means), abs=1e-5)
-            for c, title in enumerate(synthetic.CLASSES):
-                assert part["classes"][title] == (
-                    pytest.approx(means[c], abs=1e-5) if c in means else None
-                )
-                assert part["queries"][title] == len(sums.get((m, kind, c), []))
-    assert (
-        lines[-2].split()[0] == "mean"
-        and lines[-2].split()[2] == f"{got['maps']['A']['inter']['mean']:.4f}"
-    )
-    equal = got["maps"]["A"] == got["maps"]["A'"], got["maps"]["A'"] == got["maps"]["A''"]
-    assert equal == (changes.get("context") == "nl", bool({"context", "lr"} & changes.keys()))
+    measures = got["measures"]
+    assert list(measures) == list(noise.MEASURES)
+    for m, (name, part) in enumerate(measures.items()):
+        means = {c: sum(v) / len(v) for (a, c), v in sums.items() if a == m}
+        mean = sum(means.values()) / len(means) if means else None
+        assert part["mean"] == pytest.approx(mean, abs=1e-5), name
+        for c, title in enumerate(synthetic.CLASSES):
+            assert part["classes"][title] == pytest.approx(means.get(c), abs=1e-5)
+            assert part["queries"][title] == len(sums.get((m, c), []))
+    shown = [None if v == "-" else float(v) for v in lines[-2].split()[2:]]
+    assert lines[-2].split()[0] == "mean"
+    assert shown == pytest.approx([part["mean"] for part in measures.values()], abs=5.1e-5)
+    same = [
+        measures[f"inter {a}"] == measures[f"inter {b}"] for a, b in (("A", "A'"), ("A'", "A''"))
+    ]
+    assert tuple(same) == (changes.get("context") == "nl", bool({"context", "lr"} & changes.keys()))
 
 
 def test_sampled_queries_are_a_function_of_the_seed(tmp_path, monkeypatch, capsys):
@@ -208,5 +215,6 @@ def test_an_image_without_a_label_has_no_query(tmp_path, monkeypatch):
         "eval_images",
         lambda *a: [images[0], (1, images[1][1], torch.full_like(images[1][2], 255))],
     )
-    for a, b in zip(alone, noise.measure(net, dataset, **options)):
+    both = noise.measure(net, dataset, **options)
+    for a, b in zip(vars(alone).values(), vars(both).values()):
         assert torch.equal(a.nan_to_num(-1), b.nan_to_num(-1))

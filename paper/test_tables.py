@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ import torch
 import dnl
 import recipe
 import synthetic
-from paper import complexity, tables
+from data import open_dataset
+from paper import complexity, noise, runs, tables
+from paper.test_noise import checkpoint
 from runtime import InputError, import_factory
 
 META = torch.device("meta")  # counts, without arithmetic
@@ -63,7 +66,7 @@ def made_up(folder, name, seed, mious, epochs=2, **settings):
     """A cell whose log holds these scores."""
     usual = {"data": "folder", "backbone": "resnet50", "preset": "paper", "epochs": epochs}
     settings = usual | {"crop": 64, "batch": 4} | settings
-    cell = tables.Cell(name, seed, folder / f"{name}-seed{seed}", (), settings)
+    cell = runs.Cell(name, seed, folder / f"{name}-seed{seed}", (), settings)
     cell.out.mkdir()
     log = [{"settings": cell.settings}, *({"epoch": i, "miou": m} for i, m in enumerate(mious, 1))]
     (cell.out / "log.jsonl").write_text("\n".join(map(json.dumps, log)) + "\n")
@@ -136,7 +139,7 @@ def test_mean_and_sample_deviation(tmp_path):
     cells.append(made_up(tmp_path, "dnl", 1, [0.8]))  # unfinished
     row = {
         line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]]
-        for line in tables.score_table(cells, "the command").splitlines()
+        for line in tables.score_table(cells).splitlines()
         if line.startswith("|")
     }
     assert row["Method"] == ["runs", "mIoU, %", "deviation", "best epoch", "paper R-50"]
@@ -152,15 +155,14 @@ def test_mean_and_sample_deviation(tmp_path):
     ],
 )
 def test_papers_figure_is_that_of_the_backbone(tmp_path, backbone, head, figure):
-    text = tables.score_table(
-        [made_up(tmp_path, "dnl", 0, [0.1, 0.2], backbone=backbone)], "the command"
-    ).splitlines()
+    cell = made_up(tmp_path, "dnl", 0, [0.1, 0.2], backbone=backbone)
+    text = tables.score_table([cell]).splitlines()
     assert text[0].endswith(" " + head) and text[2].endswith(" " + figure) and backbone in text[4]
 
 
 def test_rows_are_the_networks_they_name():
     flags = ["--backbone", "resnet18", "--channels", "32", "--preset", "released"]
-    contexts = {}
+    contexts, configs = {}, {}
     for cell in [
         c for table in tables.TABLES for c in tables.cells_of(table, Path("out"), [3], flags)
     ]:
@@ -169,6 +171,10 @@ def test_rows_are_the_networks_they_name():
         with META:
             config = recipe.configuration(args, 19)
             contexts[cell.name] = dnl.build(config, import_factory(config.context)).context
+            configs[cell.name] = config
+    readings = ("dnl-supervised", "dnl-res3-logits", "dnl-res3")
+    assert [configs[name].p_from for name in readings] == ["feature", "res3_logits", "res3"]
+    assert [configs[name].p_supervised for name in readings] == [True, False, False]
     switches = {
         name: (contexts[name].gr, contexts[name].kernel) for name in ("nl", "gr", "lr", "dnl")
     }
@@ -188,6 +194,7 @@ def test_rows_are_the_networks_they_name():
         (["ablation", "--jobs", "0"], "--jobs 0: expected 1 or more"),
         (["ablation", "--", "--seed", "4"], "--seed among train.py's flags"),
         (["ablation", "--no-gr"], "--no-gr among train.py's flags"),
+        (["ablation", "--coarse-weight", "1"], "--coarse-weight among train.py's flags"),
         (["compare", "--context", "nl"], "--context among train.py's flags"),
         (["compare", "--epoch5", "nl"], "unrecognized arguments: --epoch5 nl"),
         (["complexity", "--seeds", "4"], "--seeds: not a flag of complexity"),
@@ -200,6 +207,53 @@ def test_wrong_flags_are_named_before_anything_runs(tmp_path, monkeypatch, argv,
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "gains, p",
+    [
+        ([1, 2, 3], 2 / 8),  # only all plus and all minus are as far
+        ([1, 1, -1, 1], 10 / 16),  # a sum of 2 or 4, of either sign
+        ([0, 0], 1),
+        ([0.1] * 10, 2 / 1024),
+    ],
+)
+def test_the_paired_test_counts_signs(gains, p):
+    assert tables.sign_flip_p(gains) == p
+    sums = [
+        sum(s * g for s, g in zip(signs, gains)) for signs in product((1, -1), repeat=len(gains))
+    ]
+    assert p == sum(abs(s) >= abs(sum(gains)) - 1e-9 for s in sums) / len(sums)
+
+
+def test_runs_of_one_seed_are_compared(tmp_path):
+    cells = [made_up(tmp_path, "nl", s, [0.1, m]) for s, m in enumerate((0.5, 0.6, 0.7))]
+    cells += [made_up(tmp_path, "dnl", s, [0.1, m]) for s, m in ((0, 0.52), (2, 0.71))]
+    line = tables.paired_table(cells, [("dnl", "nl")]).splitlines()[2]
+    expected = ["Denoised NL - NL", "2", "+1.50", "+1.00 to +2.00", "0.500"]
+    assert [c.strip() for c in line.split("|")[1:-1]] == expected
+
+
+def test_the_attention_of_finished_runs_is_measured_once(tmp_path, monkeypatch):
+    monkeypatch.setitem(synthetic.SIZES, "val", 1)
+    cells = [
+        made_up(tmp_path, n, 0, [0.1, 0.2], context=c) for n, c in (("dnl", "dnl"), ("nl", "nl"))
+    ]
+    cells.append(made_up(tmp_path, "none", 0, [0.1, 0.2], context="none"))
+    cells.append(made_up(tmp_path, "dnl", 1, [0.1], context="dnl"))  # unfinished
+    for cell in cells:
+        checkpoint(cell.out / "last.pt", context=cell.settings["context"])
+    tables.measure_attention(cells, torch.device("cpu"))
+    assert [cell.attention() is not None for cell in cells] == [True, True, False, False]
+    dataset = open_dataset("synthetic", None, "val")
+    net = checkpoint(tmp_path / "c.pt")
+    own = noise.measure(net, dataset, queries=16, seed=0, device=torch.device("cpu"))
+    expected = [f"{x:.3f}" for x in own.means.nanmean(1).tolist()]
+    shown = [line.split("|")[1:-1] for line in tables.attention_table(cells).splitlines()]
+    assert [c.strip() for c in shown[2]] == ["Denoised NL", "1", *expected]
+    assert [c.strip() for c in shown[3]][-4:] == [shown[3][-4].strip(), "", "", ""]  # no gate
+    monkeypatch.setattr(tables, "measure", None)
+    tables.measure_attention(cells, torch.device("cpu"))
+
+
 # ---- the runner
 
 
@@ -207,7 +261,7 @@ def test_runs_every_cell_and_writes_the_results(script, capsys):
     assert run(script, seeds=(0, 2), epochs=3) == 0
     out = script.parent / "out"
     results = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-    names = ("none", "nl", "gr", "lr", "dnl")
+    names = tables.TABLES["ablation"]
     assert [(r["method"], r["seed"]) for r in results] == [
         (name, seed) for seed in (0, 2) for name in names
     ]
@@ -216,10 +270,10 @@ def test_runs_every_cell_and_writes_the_results(script, capsys):
         for r in results
     )
     table = (out / "table.md").read_text()
-    assert table.count(" 60.00 |     14.14 |      65.00 |") == 5
+    assert table.count(" 60.00 |     14.14 |      65.00 |") == len(names)
     assert f"python -m paper.tables ablation --out {out} --seeds 0 2 -- --epochs 3" in table
     printed = capsys.readouterr().out
-    assert "epoch 30/30 of all runs, left 0:00:00" in printed and table in printed
+    assert "epoch 48/48 of all runs, left 0:00:00" in printed and table in printed
 
 
 def test_finished_runs_are_not_repeated(script):
@@ -233,22 +287,18 @@ def test_a_failed_run_is_shown_and_the_others_go_on(script, capsys):
     assert run(script) == 1
     shown = capsys.readouterr().err
     assert "gr-seed0: failed, exit status 1" in shown and "no such luck" in shown
-    assert len((script.parent / "out" / "results.jsonl").read_text().splitlines()) == 4
+    assert len((script.parent / "out" / "results.jsonl").read_text().splitlines()) == 7
     (script.parent / "broken").unlink()
     assert run(script) == 0
-    assert {f.name: len(lines(f / "starts")) for f in (script.parent / "out").glob("*-seed*")} == {
-        "none-seed0": 1,
-        "nl-seed0": 1,
-        "gr-seed0": 2,
-        "lr-seed0": 1,
-        "dnl-seed0": 1,
-    }
+    starts = {f"{name}-seed0": 1 for name in tables.TABLES["ablation"]} | {"gr-seed0": 2}
+    folders = (script.parent / "out").glob("*-seed*")
+    assert {f.name: len(lines(f / "starts")) for f in folders} == starts
 
 
 def test_a_run_without_a_score_has_failed(script, capsys):
     script.write_text("print('nothing done')")
     assert run(script) == 1
-    assert capsys.readouterr().err.count("failed, exit status 0") == 5
+    assert capsys.readouterr().err.count("failed, exit status 0") == len(tables.TABLES["ablation"])
 
 
 def test_finished_runs_of_other_settings_are_refused(script):
@@ -310,7 +360,7 @@ def test_class_weights_are_compared_by_value(tmp_path):
 def test_a_log_of_no_run_is_one_line(tmp_path, text):
     (tmp_path / "log.jsonl").write_text(text)
     with pytest.raises(InputError, match=r"log\.jsonl: not the log of a run") as e:
-        tables.Cell("dnl", 0, tmp_path, (), {}).result()
+        runs.Cell("dnl", 0, tmp_path, (), {}).result()
     assert "\n" not in str(e.value)
 
 
@@ -362,7 +412,7 @@ def test_stopped_in_the_middle_it_goes_on(script, number):
     finally:
         process.kill()
     assert process.returncode == 130
-    with tables.locked(out):  # the children are gone too
+    with runs.locked(out):  # the children are gone too
         done = {f.parent.name: lines(f) for f in out.glob("*/epochs")}
         starts = {f.parent.name: len(lines(f)) for f in out.glob("*/starts")}
     finished = {name for name, epochs in done.items() if len(epochs) == 3}
@@ -380,10 +430,10 @@ def test_one_command_at_a_time_and_none_beside_a_run_left_behind(script, tmp_pat
     out = tmp_path / "out"
     (tmp_path / "pace").write_text("60")
     (cell,) = tables.cells_of("ablation", out, [0], ["--epochs", "1"])[:1]
-    with tables.locked(out) as lock:
+    with runs.locked(out) as lock:
         with pytest.raises(InputError, match="another command, or a run it left, works there"):
             run(script)
-        child = tables.start(cell, 0, 1, script, lock)
+        child = runs.start(cell, 0, 1, script, lock)
     try:
         with pytest.raises(InputError, match="a run it left, works there"):
             run(script, epochs=1)

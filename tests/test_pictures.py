@@ -57,15 +57,25 @@ def test_the_legend_names_ignored_pixels_only_where_they_are_shown():
 def test_cells_of_a_confusion_matrix_have_the_colours_of_their_shares():
     """The scale names shares whose square roots are 0, 1/4, 1/2, 3/4 and 1."""
     matrix = np.array([[9, 4, 1, 2], [0, 0, 0, 0], [0, 0, 7, 0], [1, 0, 0, 10**9]])
-    cells = pictures.confusion_cells(matrix, 40, pictures.load_font(14))
+    share = matrix / matrix.sum(1, keepdims=True).clip(1)
+    share[1] = np.nan
+    cells = pictures.matrix_cells(share, np.sqrt(share), 40, pictures.load_font(14))
     got = np.asarray(cells)[4::40, 4::40]
     assert got[0, :3].tolist() == [list(pictures.HEAT[i]) for i in (3, 2, 1)]
     assert (got[1] == 255).all()  # no pixel of that class
     assert got[2].tolist() == [list(pictures.HEAT[i]) for i in (0, 0, 4, 0)]
     assert (got[3, 0] == pictures.HEAT[0]).all() and (got[3, 3] == pictures.HEAT[4]).all()
     assert np.ptp(got, axis=2).any() and cells.size == (160, 160)
-    small = pictures.confusion_cells(matrix, 14, pictures.load_font(12))
+    small = pictures.matrix_cells(share, np.sqrt(share), 14, pictures.load_font(12))
     assert np.array_equal(np.asarray(small)[4::14, 4::14], got)
+
+
+def test_a_class_without_pixels_has_a_white_row():
+    matrix = np.array([[3, 1], [0, 0]])
+    out = np.asarray(pictures.confusion_picture(matrix, ("a", "b")))
+    bright = (out == pictures.HEAT[2]).all(2)  # 1 of 4
+    top, left = bright.any(1).argmax(), bright.any(0).argmax()
+    assert (out[top + 60 : top + 110, left : left + 50] == 255).all()
 
 
 @pytest.mark.parametrize("classes", [("road",), CLASSES, ADE20K])
