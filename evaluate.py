@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import dnl
 from checkpoint import base_of, load_network, open_like
 from data import DataSet, base_factor, eval_images, normalize, resize_smooth, scaled
+from fold import fold_batchnorm
 from metrics import TITLES, class_counts, class_scores, confusion, image_table, iou_table, scores
 from pictures import confusion_picture
 from ranks import NARROW, autocast, choose_amp, distributed, fail_on_all_ranks
@@ -234,7 +235,7 @@ def evaluate(
 
     Rank r takes the images r, r + world, ... base: of `base_factor`. options: as of `predict`.
     each(index, matrix) is called after each image of this rank, with its own confusion matrix, on
-    the device. The network stays in eval mode. InputError on every rank: no ground truth, an
+    the device. A folded copy predicts (fold.py). InputError on every rank: no ground truth, an
     unusable file, or an output that is not finite.
     """
     if not dataset.labelled:
@@ -242,7 +243,7 @@ def evaluate(
             f"split {dataset.split!r} of {dataset.name} has no ground truth, so it cannot be "
             "scored: choose a labelled split, or write masks with predict.py"
         )
-    net.eval()
+    net = fold_batchnorm(net)
     n = len(dataset.classes)
     matrix = torch.zeros(n, n, dtype=torch.int64, device=device)
     finite = {}

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 import dnl
 from attention import (
@@ -43,6 +43,7 @@ from data import base_factor, eval_items, load_batches
 from decode import decode_image
 from evaluate import predict_ids, tile_side, tiles
 from files import IMAGE_ENDINGS, is_data, list_names
+from fold import fold_batchnorm
 from page import attention_html
 from pictures import colorize, overlay
 from ranks import choose_amp, distributed, sum_over_ranks
@@ -221,12 +222,14 @@ def results(
     image: Tensor,
     path: Path,
     net: dnl.Network,
+    folded: nn.Module,
     checkpoint: dict[str, Any],
     args: argparse.Namespace,
     device: torch.device,
 ) -> Results:
     """The files that the flags ask for, of an image (H, W, 3) uint8.
 
+    folded: `fold_batchnorm` of the network, which predicts. The attention is of the network itself.
     InputError, after the other files, if the pixel of --attention is not in the image.
     """
     classes, colors = checkpoint["classes"], checkpoint["colors"]
@@ -235,7 +238,7 @@ def results(
     side = tile_side(len(classes), args.crop)
     x = image.permute(2, 0, 1)
     where: dict[str, Any] = {"device": device, "side": side, "base": base_of(checkpoint, args.base)}
-    ids, confidence = predict_ids(net, x, quote(path), **where, **views)
+    ids, confidence = predict_ids(folded, x, quote(path), **where, **views)
     if args.format == "cityscapes":
         yield ".png", png(Image.fromarray(CITYSCAPES_IDS[ids]))
         return
@@ -362,7 +365,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if others and rank == 0:
             print_line(f"left out, names without an image ending: {list_names(others)}", error=True)
         sum_over_ranks([])  # no rank writes before every rank has looked for images
-        make = partial(results, net=net, checkpoint=checkpoint, args=args, device=device)
+        folded = fold_batchnorm(net)
+        make = partial(
+            results, net=net, folded=folded, checkpoint=checkpoint, args=args, device=device
+        )
         failed = predict_all(found, make, args, rank, world)
         if args.format == "cityscapes" and rank == 0:
             check_server(args.out, [name for _, name in found])

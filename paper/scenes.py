@@ -28,7 +28,7 @@ STREAMS = {"train": 0, "val": 1}  # the first number of a scene's seed
 
 
 def scene(split: str, index: int) -> tuple[ndarray, ndarray]:
-    """Image (160, 160, 3) and label (160, 160) of 7 classes, uint8: three objects of three plates.
+    """Image (160, 160, 3) and label (160, 160) of 7 classes, uint8: three objects of two plates.
 
     Objects differ in class and in colour; all colours come from one distribution. Plates lie over
     one another, but not over a sign.
@@ -41,7 +41,7 @@ def scene(split: str, index: int) -> tuple[ndarray, ndarray]:
     free = np.ones((SIDE, SIDE), bool)  # of signs
     classes = rng.permutation(len(SIGNS))[:3]
     bodies = distinct_colors(3, rng)
-    for part in range(3):
+    for part in range(2):
         for c, body in zip(classes, bodies):
             h, w = rng.integers(36, 61, 2)
             corners = rng.integers(0, (SIDE - h, SIDE - w), (50, 2))

@@ -1,0 +1,55 @@
+"""The folded network against the network itself, in double precision, and what is left alone."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import dnl
+from fold import fold_batchnorm
+
+
+def trained(config):
+    """A network whose statistics are not those of a fresh one."""
+    torch.manual_seed(0)
+    net = dnl.build(config).double()
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_(0, 0.1)
+            m.running_var.uniform_(0.5, 2)
+            nn.init.normal_(m.weight)
+            nn.init.normal_(m.bias)
+    nn.init.ones_(net.context.gamma)
+    return net
+
+
+@pytest.mark.parametrize("preset", ["paper", "released"])
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
+def test_outputs_are_the_networks(preset, backbone):
+    net = trained(replace(dnl.PRESETS[preset], backbone=backbone, channels=16)).train()
+    before = copy.deepcopy(net.state_dict())
+    folded = fold_batchnorm(net)
+    assert not [m for m in folded.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert net.training and not folded.training
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    image = torch.randn(1, 3, 65, 97).double()
+    with torch.no_grad():
+        expected, got = net.eval()(image), folded(image)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10 * expected.abs().max().item())
+
+
+def test_a_context_of_ones_own_is_left_alone():
+    factory = lambda channels, classes: dnl.conv_bn_relu(channels, channels)  # noqa: E731
+    net = dnl.build(
+        replace(dnl.PAPER, backbone="resnet18", channels=16, context="mine:it"), factory
+    )
+    folded = fold_batchnorm(net)
+    assert [type(m) for m in folded.context] == [type(m) for m in net.context]
+
+
+def test_another_network_is_itself():
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    assert fold_batchnorm(net) is net and not net.training
