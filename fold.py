@@ -40,10 +40,10 @@ def conv_norm_pairs(module: nn.Module) -> Iterator[tuple[Place, Place]]:
             if isinstance(first, nn.Conv2d) and isinstance(second, _BatchNorm):
                 yield (module, conv), (module, norm)
     elif isinstance(module, dnl.ResNet | dnl.Block):
-        for name, conv in dict(module.named_children()).items():
-            if name.startswith("conv"):
-                norm = module, name.replace("conv", "bn")
-                if isinstance(conv, nn.Sequential):  # the deep stem
-                    yield (conv, str(len(conv) - 1)), norm
-                else:
-                    yield (module, name), norm
+        for name, child in dict(module.named_children()).items():
+            if not name.startswith("conv"):
+                continue
+            place: Place = module, name
+            if isinstance(child, nn.Sequential):  # the deep stem
+                place = child, str(len(child) - 1)
+            yield place, (module, name.replace("conv", "bn"))
