@@ -88,14 +88,18 @@ def find_device(asked: str, local: int = 0) -> torch.device:
     return torch.device("cuda", index)
 
 
+def backend_of(device: torch.device) -> str:
+    """What sums over ranks: nccl on GPUs, gloo on CPUs; a GPU's process has plain numbers too."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
 @contextmanager
 def distributed(
     asked: str = "auto", timeout: timedelta = timedelta(minutes=10)
 ) -> Iterator[tuple[int, int, torch.device]]:
     """(rank, world, device); with several ranks also the process group, while the block runs.
 
-    asked: --device. nccl sums on GPUs, gloo on CPUs. A rank that waits for another longer than the
-    timeout gives up.
+    asked: --device. A rank that waits for another longer than the timeout gives up.
     """
     rank, world, local = read_ranks()
     device = find_device(asked, local)
@@ -106,8 +110,9 @@ def distributed(
             # node all ranks know the number of restarts.
             restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             store = dist.PrefixStore(f"restart{restarts}", store)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+        dist.init_process_group(
+            backend_of(device), store=store, rank=rank, world_size=world, timeout=timeout
+        )
     try:
         yield rank, world, device
     finally:

@@ -225,33 +225,6 @@ def full_at(nth, writes, path, save):
     return write(path, save)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
-def test_a_gpu_trains_resumes_and_scores(street, tmp_path, capsys, amp):
-    flags = [
-        "--amp",
-        amp,
-        "--clip",
-        "1",
-        "--accumulate",
-        "2",
-        "--workers",
-        "2",
-        "--ema",
-        "0.9",
-        "--ohem",
-    ]
-    assert trained(tmp_path / "r", street, *flags) == 0
-    os.replace(
-        tmp_path / "r" / "last.prev.pt", tmp_path / "r" / "last.pt"
-    )  # from before the last validation
-    assert trained(tmp_path / "r", street, *flags) == 0
-    line = json.loads((tmp_path / "r" / "log.jsonl").read_text().splitlines()[-1])
-    capsys.readouterr()
-    assert evaluate.main([str(tmp_path / "r" / "last.pt"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["miou"] == line["miou"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name, split", [("cityscapes", "trainval"), ("ade20k", "train")])
 def test_trees_named_as_the_real_ones_train_and_score(name, split, request, tmp_path, capsys):
