@@ -74,11 +74,8 @@ def local_retention(a: Tensor, s: Tensor, size: Size, kernel: int = 3) -> Tensor
 def spread_values(v: Tensor, s: Tensor, size: Size, kernel: int = 3) -> Tensor:
     """V~[r] = sum_d S_l[d, r-d] V[r-d], the adjoint of LR: local_retention(A', s) V = A' V~.
     v (B, C, N), s (B, kernel*kernel, N) -> (B, C, N)."""
-    v, s = v.unflatten(2, size), s.to(v.dtype).unflatten(2, size)
-    if not is_traced():
-        return _Spread.apply(v, s, kernel).flatten(2)
-    spread = torch.zeros_like(v)
-    v, s = (F.pad(x, [kernel // 2] * 4) for x in (v, s))
+    v, s = (F.pad(x.to(v.dtype).unflatten(2, size), [kernel // 2] * 4) for x in (v, s))
+    spread = v.new_zeros(1)
     for d, near in enumerate(reversed(_windows(size, kernel))):  # the window of -d
         spread = spread + v[near] * s[:, d, None][near]
     return spread.flatten(2)
@@ -116,9 +113,12 @@ def denoised_attention(
     q, k (B, C', N), v (B, C, N), p (B, n, N) or None for no GR; kernel 0 for no LR. chunk: query
     pixels at a time, by default as memory allows, all if `is_traced()`; it changes rounding only.
     Logits, softmax and sigmoids are fp32 or better, also under autocast; product in v's type."""
-    if kernel:
+    q, k = at_least_fp32(q), at_least_fp32(k)
+    if kernel and is_traced():
         v = spread_values(v, local_similarity(q, k, size, kernel), size, kernel)
-    q, k, values = at_least_fp32(q), at_least_fp32(k), v
+    elif kernel:
+        v = _SpreadValues.apply(*(x.unflatten(2, size) for x in (q, k, v)), kernel).flatten(2)
+    values = v
     if p is not None:
         p = at_least_fp32(p)
     if v.dtype == torch.float16:
@@ -130,7 +130,9 @@ def denoised_attention(
     if not chunk:
         # 4 MiB of a map in fp32 stay in a CPU's cache; 128 pixels or more keep products efficient.
         elements = 2**20 if q.device.type == "cpu" else 2**26
-        chunk = max(128, elements // max(1, q.shape[0] * q.shape[2]))
+        B, _, N = q.shape
+        chunk = -(-N // max(1, round(B * N * N / elements)))  # of equal size
+        chunk = max(128, chunk)
     return _RectifiedAttention.apply(q, k, values, p, chunk).to(v.dtype)
 
 
@@ -167,33 +169,57 @@ def _zeros_around(v, kernel):
     return v.new_zeros(B, C, H + kernel - 1, W + kernel - 1)
 
 
-class _Spread(torch.autograd.Function):
-    """V~ by k*k shifted adds into one padded plane: no unfolded copy of V, no saved product."""
+def _padded(x, kernel):
+    """x (B, C, H, W) in a plane of zeros that is kernel // 2 larger on each side."""
+    plane = _zeros_around(x, kernel)
+    plane[_windows(x.shape[2:], kernel)[kernel**2 // 2]] = x
+    return plane
+
+
+def _dots(x, plane, kernel):
+    """x_p . plane_{p+d} for each offset d, (B, k*k, H, W)."""
+    return torch.stack([(x * plane[near]).sum(1) for near in _windows(x.shape[2:], kernel)], 1)
+
+
+def _gather(s, plane, kernel):
+    """At each pixel p: the sum over d of s_d[p] plane[p+d], (B, C, H, W)."""
+    near = _windows(s.shape[2:], kernel)
+    total = plane[near[0]] * s[:, :1]
+    for d in range(1, kernel**2):
+        total.addcmul_(s[:, d, None], plane[near[d]])
+    return total
+
+
+def _scatter(s, x, kernel):
+    """The adjoint of `_gather`: each s_d[p] x[p] is added at p+d, (B, C, H, W)."""
+    windows = _windows(x.shape[2:], kernel)
+    plane = _zeros_around(x, kernel)
+    for d, near in enumerate(windows):
+        plane[near].addcmul_(s[:, d, None], x)
+    return torch.empty_like(x).copy_(plane[windows[kernel**2 // 2]])  # without the padding
+
+
+class _SpreadValues(torch.autograd.Function):
+    """V~ of Q, K and V by k*k shifted adds: no unfolded copy of them, no saved product."""
 
     @staticmethod
-    def forward(ctx, v, s, kernel):
-        """V (B, C, H, W) and S_l (B, k*k, H, W) -> V~ (B, C, H, W)."""
-        ctx.save_for_backward(v, s)
+    def forward(ctx, q, k, v, kernel):
+        """Q, K (B, C', H, W), V (B, C, H, W) -> V~ (B, C, H, W)."""
+        s = _dots(q, _padded(k, kernel), kernel).sigmoid_()
+        ctx.save_for_backward(q, k, v, s)
         ctx.kernel = kernel
-        windows = _windows(v.shape[2:], kernel)
-        plane = _zeros_around(v, kernel)
-        for d, near in enumerate(windows):
-            plane[near].addcmul_(s[:, d, None], v)
-        return torch.empty_like(v).copy_(plane[windows[kernel**2 // 2]])  # without the padding
+        return _scatter(s.to(v.dtype), v, kernel)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        """The gradient of V~ -> the gradients of V and S_l, in their shapes."""
-        v, s = ctx.saved_tensors
-        windows = _windows(v.shape[2:], ctx.kernel)
-        plane = _zeros_around(v, ctx.kernel)
-        plane[windows[ctx.kernel**2 // 2]] = grad
-        grad_v, grad_s = torch.zeros_like(v), torch.empty_like(s)
-        for d, near in enumerate(windows):
-            grad_v.addcmul_(s[:, d, None], plane[near])
-            grad_s[:, d] = (v * plane[near]).sum(1)
-        return grad_v, grad_s, None
+        """The gradient of V~ -> the gradients of Q, K and V, in their shapes."""
+        q, k, v, s = ctx.saved_tensors
+        kernel = ctx.kernel
+        plane = _padded(grad, kernel)
+        gv = _gather(s.to(v.dtype), plane, kernel)
+        gs = _dots(v, plane, kernel).to(s.dtype) * s * (1 - s)
+        return _gather(gs, _padded(k, kernel), kernel), _scatter(gs, q, kernel), gv, None
 
 
 class _RectifiedAttention(torch.autograd.Function):
@@ -210,7 +236,7 @@ class _RectifiedAttention(torch.autograd.Function):
             for rows, a, p_class in _chunks(q, k, p, chunk):
                 if p_class is not None:
                     a *= p_class
-                out[:, rows] = a.to(v.dtype) @ v.mT
+                torch.bmm(a.to(v.dtype), v.mT, out=out[:, rows])
         return out.mT
 
     @staticmethod

@@ -13,8 +13,9 @@ last line:
     rows     block: n, dtype, layout (what is innermost in memory: channels, as in the network, or
              pixels), pass (forward, forward+backward), route (value, map, nl; on a GPU sdpa),
              seconds, peak (bytes over the inputs), peak_over_outputs (over the results too)
-             network: what (training, inference), variant (asked, plain), seconds, peak (bytes over
-             held and the batch), flops (of a call), flops_per_second, matrix_flops_per_second (of
+             network: what (training, inference), variant (asked, plain, and asked of torchvision's
+             fcn and deeplabv3 if it is installed), seconds, peak (bytes over held and the batch),
+             flops (of a call), flops_per_second, matrix_flops_per_second (of
              a large product), share (their quotient), images_per_second, held (bytes of weights,
              statistics, momentum), amp, channels_last
              loader: route (resize_all, crop_first, cached), seconds (an image), images_per_second
@@ -41,14 +42,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 import dnl
 from paper.bench_loader import loader
+from paper.bench_network import network
 from paper.measure import SOURCE, in_turn, machine, markdown, peak_memory
 from paper.peers import attention
 from ranks import choose_amp, find_device
-from recipe import losses
 from runtime import AMP, InputError, Parser, add_flags, run_script
 
 SIZE = (48, 48)  # N = 2304: the paper's 768 x 768 at stride 16
@@ -210,112 +210,6 @@ def spinning() -> Iterator[subprocess.Popen]:
             yield child
         finally:
             child.kill()
-
-
-# ---- the network
-
-
-def network_cases(
-    config: dnl.Config,
-    size: Size,
-    batch: int,
-    amp: str,
-    channels_last: bool,
-    device: torch.device,
-) -> tuple[dict[str, Call], int]:
-    """One step of training and of inference, and the bytes of weights, statistics and momentum.
-
-    Training is as in train.py: eq. 5 on stride-8 outputs, SGD. Inference gives full-size logits.
-    """
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    torch.manual_seed(0)
-    net = dnl.build(config).to(device)
-    net.to(memory_format=layout)  # type: ignore[call-overload]  # torch's stub lacks it
-    optimizer = torch.optim.SGD(net.parameters(), 1e-3, 0.9, fused=device.type == "cuda")
-    x = torch.randn(batch, 3, *size, device=device).contiguous(memory_format=layout)
-    label = torch.randint(config.num_classes, (batch, *size), device=device, dtype=torch.uint8)
-    dtype = AMP[amp]
-    autocast = partial(
-        torch.autocast, device.type, dtype or torch.bfloat16, enabled=dtype is not None
-    )
-
-    def training() -> list[Tensor]:
-        net.train()
-        with autocast():
-            outputs = net(x, full_size=False)
-        losses(outputs, label, label.numel()).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return []
-
-    def inference() -> list[Tensor]:
-        net.eval()
-        with torch.inference_mode(), autocast():
-            return [net(x)]
-
-    held = 2 * sum(p.nbytes for p in net.parameters())  # weights and momentum
-    held += sum(b.nbytes for b in net.buffers())
-    return {"training": training, "inference": inference}, held
-
-
-def matrix_product(amp: str, device: torch.device) -> tuple[Call, int]:
-    """A large matrix product of the type that `amp` computes in, and its FLOPs."""
-    n = 8192 if device.type == "cuda" else 2048
-    dtype = AMP[amp] or torch.float32
-    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
-    return lambda: [a @ b], 2 * n**3
-
-
-def network(
-    config: dnl.Config,
-    size: Size,
-    batch: int,
-    amp: str,
-    runs: int,
-    device: torch.device,
-) -> Report:
-    """The report (module docstring). asked: `amp` and channels_last; plain: fp32 without it."""
-    variants = {"asked": (amp, True), "plain": ("off", False)}
-    calls, products, held, flops = {}, {}, {}, {}
-    for name, (precision, last) in variants.items():
-        cases, held[name] = network_cases(config, size, batch, precision, last, device)
-        for what, call in cases.items():
-            calls[what, name] = call
-        products["product", name], flops[name] = matrix_product(precision, device)
-    rows = []
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
-        times = in_turn({**calls, **products}, runs, device)
-        for (what, name), call in calls.items():
-            seconds = times[what, name]
-            row: Report = {"what": what, "variant": name, "seconds": seconds}
-            row |= call_costs(call, seconds, device)
-            rate = flops[name] / times["product", name]
-            row["matrix_flops_per_second"] = rate
-            row["share"] = row["flops_per_second"] / rate
-            row["images_per_second"] = batch / seconds
-            row["held"] = held[name]
-            row["amp"], row["channels_last"] = variants[name]
-            rows.append(row)
-    ratios = {}
-    for what in ("training", "inference"):
-        ratios[f"{what} asked/plain"] = times[what, "asked"] / times[what, "plain"]
-    memory = "peak over weights, statistics, momentum (held) and the batch, by "
-    return {"memory": memory + SOURCE[device.type], "rows": rows, "ratios": ratios}
-
-
-def call_costs(call: Call, seconds: float, device: torch.device) -> Report:
-    """Peak and FLOPs of a call that takes these seconds.
-
-    A multiply-add is 2 FLOPs. Recomputed ones count, since they are done.
-    """
-    with FlopCounterMode(display=False) as counter:
-        call()
-    flops = counter.get_total_flops()
-    return {
-        "peak": peak_memory(call, device)[0],
-        "flops": flops,
-        "flops_per_second": flops / seconds,
-    }
 
 
 # ---- the command

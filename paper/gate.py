@@ -48,7 +48,7 @@ def pairs(label: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
     """
     same = label == label[queries, None]
     other = ~same & (label != IGNORE)
-    same[torch.arange(len(queries)), queries] = False
+    same[torch.arange(len(queries), device=queries.device), queries] = False
     return same, other
 
 

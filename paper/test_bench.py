@@ -1,7 +1,10 @@
 """The benchmark's own arithmetic at tiny sizes. No time is asserted."""
 
+import copy
 import json
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import torch
 import data
 import dnl
 from paper import bench, bench_loader, measure
+from paper.bench_network import network, network_cases
 from runtime import InputError
 
 CPU = torch.device("cpu")
@@ -90,7 +94,7 @@ def test_another_process_spins_meanwhile():
 
 
 def test_network_report():
-    report = bench.network(TINY, (32, 32), 2, "bf16", 1, CPU)
+    report = network(TINY, (32, 32), 2, "bf16", 1, CPU)
     rows = {(r["what"], r["variant"]): r for r in report["rows"]}
     assert set(rows) == {(w, v) for w in ("training", "inference") for v in ("asked", "plain")}
     asked, plain = rows["training", "asked"], rows["training", "plain"]
@@ -110,11 +114,36 @@ def test_network_report():
 
 def test_a_training_step_trains():
     torch.manual_seed(0)
-    cases, _ = bench.network_cases(TINY, (32, 32), 2, "off", False, CPU)
-    before = cases["inference"]()[0]
+    net = dnl.build(TINY)
+    before = copy.deepcopy(net.state_dict())
+    cases, _ = network_cases(net, 5, (32, 32), 2, "off", False, CPU)
+    assert cases["inference"]()[0].shape == (2, 5, 32, 32)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
     cases["training"]()
-    after = cases["inference"]()[0]
-    assert before.shape == (2, 5, 32, 32) and not torch.equal(before, after)
+    assert not torch.equal(net.head[0].weight, before["head.0.weight"])
+
+
+class Rival(torch.nn.Conv2d):
+    """A network with the call and the outputs of torchvision's."""
+
+    def __init__(self, num_classes, weights, weights_backbone, aux_loss):
+        assert weights is None and weights_backbone is None
+        super().__init__(3, num_classes, 1)
+
+    def forward(self, image):
+        logits = super().forward(image)
+        return {"out": logits, "aux": logits} if self.training else {"out": logits}
+
+
+def test_torchvisions_networks_have_rows_where_it_is_installed(monkeypatch):
+    stand_in = SimpleNamespace(fcn_resnet18=Rival)  # and no deeplabv3 of this backbone
+    monkeypatch.setitem(sys.modules, "torchvision.models.segmentation", stand_in)
+    for name in ("torchvision", "torchvision.models"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
+    rows = network(TINY, (32, 32), 2, "off", 0, CPU)["rows"]
+    cases = [(r["what"], r["variant"]) for r in rows]
+    assert cases[-2:] == [("training", "fcn"), ("inference", "fcn")] and len(cases) == 6
+    assert rows[-1]["flops"] == 2 * 2 * 32 * 32 * 3 * 5
 
 
 def test_loader_routes_make_the_same_sample(tmp_path):
