@@ -56,11 +56,7 @@ def global_rectify(a: Tensor, p_class: Tensor) -> Tensor:
 def local_similarity(q: Tensor, k: Tensor, size: Size, kernel: int = 3) -> Tensor:
     """S_l[d, p] = sigmoid(Q_p . K_{p+d}), K zero-padded, for the offsets d of the window by rows.
     q, k (B, C', N) -> (B, kernel*kernel, N), fp32 or better (Section III-E)."""
-    r = kernel // 2
-    q = at_least_fp32(q).unflatten(2, size)  # (B, C', H, W)
-    k = F.pad(at_least_fp32(k).unflatten(2, size), (r, r, r, r))
-    logits = [(q * k[near]).sum(1) for near in _windows(size, kernel)]
-    return torch.stack(logits, 1).flatten(2).sigmoid()
+    return _dots(at_least_fp32(q), at_least_fp32(k), size, kernel).sigmoid()
 
 
 def local_retention(a: Tensor, s: Tensor, size: Size, kernel: int = 3) -> Tensor:
@@ -74,10 +70,11 @@ def local_retention(a: Tensor, s: Tensor, size: Size, kernel: int = 3) -> Tensor
 def spread_values(v: Tensor, s: Tensor, size: Size, kernel: int = 3) -> Tensor:
     """V~[r] = sum_d S_l[d, r-d] V[r-d], the adjoint of LR: local_retention(A', s) V = A' V~.
     v (B, C, N), s (B, kernel*kernel, N) -> (B, C, N)."""
-    v, s = (F.pad(x.to(v.dtype).unflatten(2, size), [kernel // 2] * 4) for x in (v, s))
-    spread = v.new_zeros(1)
+    spread = torch.zeros_like(v).unflatten(2, size)
+    v, s = _padded(v, size, kernel), _padded(s.to(v.dtype), size, kernel)
+    add = torch.addcmul if is_traced() else Tensor.addcmul_  # vmap has no batching for the second
     for d, near in enumerate(reversed(_windows(size, kernel))):  # the window of -d
-        spread = spread + v[near] * s[:, d, None][near]
+        spread = add(spread, v[near], s[:, d, None][near])
     return spread.flatten(2)
 
 
@@ -101,28 +98,20 @@ def denoised_maps(
 
 
 def denoised_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    p: Tensor | None,
-    size: Size,
-    kernel: int = 3,
-    chunk: int | None = None,
+    q: Tensor, k: Tensor, v: Tensor, p: Tensor | None, size: Size, kernel: int = 3, chunk: int = 0
 ) -> Tensor:
     """The value route: A''V (the sum in eq. 3), (B, C, N), memory linear in N. One derivative only.
     q, k (B, C', N), v (B, C, N), p (B, n, N) or None for no GR; kernel 0 for no LR. chunk: query
-    pixels at a time, by default as memory allows, all if `is_traced()`; it changes rounding only.
+    pixels at a time; 0: as memory allows, all if `is_traced()`. It changes rounding only.
     Logits, softmax and sigmoids are fp32 or better, also under autocast; product in v's type."""
     q, k = at_least_fp32(q), at_least_fp32(k)
+    if p is not None:
+        p = at_least_fp32(p)
     if kernel and is_traced():
         v = spread_values(v, local_similarity(q, k, size, kernel), size, kernel)
     elif kernel:
-        v = _SpreadValues.apply(*(x.unflatten(2, size) for x in (q, k, v)), kernel).flatten(2)
-    values = v
-    if p is not None:
-        p = at_least_fp32(p)
-    if v.dtype == torch.float16:
-        values = at_least_fp32(v)  # attention weights of 1/N underflow in fp16
+        v = _SpreadValues.apply(q, k, v, size, kernel)
+    values = at_least_fp32(v) if v.dtype == torch.float16 else v  # weights of 1/N underflow in fp16
     if is_traced():
         a = denoised_maps(q, k, p, size, kernel=0)[1]  # A'
         with no_autocast(q):
@@ -131,8 +120,7 @@ def denoised_attention(
         # 4 MiB of a map in fp32 stay in a CPU's cache; 128 pixels or more keep products efficient.
         elements = 2**20 if q.device.type == "cpu" else 2**26
         B, _, N = q.shape
-        chunk = -(-N // max(1, round(B * N * N / elements)))  # of equal size
-        chunk = max(128, chunk)
+        chunk = max(128, -(-N // max(1, round(B * N * N / elements))))  # chunks of equal size
     return _RectifiedAttention.apply(q, k, values, p, chunk).to(v.dtype)
 
 
@@ -161,65 +149,50 @@ def _windows(size, kernel):
     return [(..., slice(y, y + H), slice(x, x + W)) for y, x in product(range(kernel), repeat=2)]
 
 
-def _zeros_around(v, kernel):
-    """Zeros for v (B, C, H, W) and its padding, laid out as v: other layouts are 10x slower."""
-    B, C, H, W = v.shape
-    if v.stride(1) == 1:  # channels innermost; F.pad does not see it in a batch of one
-        return v.new_zeros(B, H + kernel - 1, W + kernel - 1, C).permute(0, 3, 1, 2)
-    return v.new_zeros(B, C, H + kernel - 1, W + kernel - 1)
-
-
-def _padded(x, kernel):
-    """x (B, C, H, W) in a plane of zeros that is kernel // 2 larger on each side."""
-    plane = _zeros_around(x, kernel)
-    plane[_windows(x.shape[2:], kernel)[kernel**2 // 2]] = x
+def _padded(x, size, kernel):
+    """x (B, C, N) as planes, kernel // 2 zeros on each side: (B, C, H + kernel - 1, ...)."""
+    x, (H, W), r = x.unflatten(2, size), size, kernel // 2
+    if is_traced() or x.stride(1) != 1:
+        return F.pad(x, (r, r, r, r))
+    # F.pad overlooks that channels are innermost in a batch of one: 10x slower to read.
+    plane = x.new_zeros(x.shape[0], H + 2 * r, W + 2 * r, x.shape[1]).permute(0, 3, 1, 2)
+    plane[:, :, r : r + H, r : r + W] = x
     return plane
 
 
-def _dots(x, plane, kernel):
-    """x_p . plane_{p+d} for each offset d, (B, k*k, H, W)."""
-    return torch.stack([(x * plane[near]).sum(1) for near in _windows(x.shape[2:], kernel)], 1)
+def _dots(x, y, size, kernel):
+    """The products x_p . y_{p+d} of x, y (B, C, N) for each offset d, (B, k*k, N)."""
+    x, y = x.unflatten(2, size), _padded(y, size, kernel)
+    return torch.stack([(x * y[near]).sum(1) for near in _windows(size, kernel)], 1).flatten(2)
 
 
-def _gather(s, plane, kernel):
-    """At each pixel p: the sum over d of s_d[p] plane[p+d], (B, C, H, W)."""
-    near = _windows(s.shape[2:], kernel)
-    total = plane[near[0]] * s[:, :1]
-    for d in range(1, kernel**2):
-        total.addcmul_(s[:, d, None], plane[near[d]])
-    return total
-
-
-def _scatter(s, x, kernel):
-    """The adjoint of `_gather`: each s_d[p] x[p] is added at p+d, (B, C, H, W)."""
-    windows = _windows(x.shape[2:], kernel)
-    plane = _zeros_around(x, kernel)
-    for d, near in enumerate(windows):
-        plane[near].addcmul_(s[:, d, None], x)
-    return torch.empty_like(x).copy_(plane[windows[kernel**2 // 2]])  # without the padding
+def _gather(s, y, size, kernel):
+    """The sum over d of s_d[p] y[p+d], (B, C, N), of s (B, k*k, N) and y (B, C, N)."""
+    total, y = torch.zeros_like(y).unflatten(2, size), _padded(y, size, kernel)
+    for near, weight in zip(_windows(size, kernel), s.unflatten(2, size).unbind(1)):
+        total.addcmul_(weight[:, None], y[near])
+    return total.flatten(2)
 
 
 class _SpreadValues(torch.autograd.Function):
-    """V~ of Q, K and V by k*k shifted adds: no unfolded copy of them, no saved product."""
+    """V~ of Q, K and V by k*k shifted adds: no unfolded copy of V, no saved product."""
 
     @staticmethod
-    def forward(ctx, q, k, v, kernel):
-        """Q, K (B, C', H, W), V (B, C, H, W) -> V~ (B, C, H, W)."""
-        s = _dots(q, _padded(k, kernel), kernel).sigmoid_()
+    def forward(ctx, q, k, v, size, kernel):
+        """Q, K (B, C', N), V (B, C, N) -> V~ (B, C, N)."""
+        s = local_similarity(q, k, size, kernel)
         ctx.save_for_backward(q, k, v, s)
-        ctx.kernel = kernel
-        return _scatter(s.to(v.dtype), v, kernel)
+        ctx.window = size, kernel
+        return spread_values(v, s, size, kernel)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        """The gradient of V~ -> the gradients of Q, K and V, in their shapes."""
+        """The gradient of V~ (B, C, N) -> the gradients of Q, K and V, in their shapes."""
         q, k, v, s = ctx.saved_tensors
-        kernel = ctx.kernel
-        plane = _padded(grad, kernel)
-        gv = _gather(s.to(v.dtype), plane, kernel)
-        gs = _dots(v, plane, kernel).to(s.dtype) * s * (1 - s)
-        return _gather(gs, _padded(k, kernel), kernel), _scatter(gs, q, kernel), gv, None
+        gs = _dots(v, grad, *ctx.window).to(s.dtype) * s * (1 - s)  # sigmoid
+        gv = _gather(s.to(v.dtype), grad, *ctx.window)
+        return _gather(gs, k, *ctx.window), spread_values(q, gs, *ctx.window), gv, None, None
 
 
 class _RectifiedAttention(torch.autograd.Function):
@@ -245,9 +218,7 @@ class _RectifiedAttention(torch.autograd.Function):
         """The gradient of A'V (B, C, N) -> the gradients of Q, K, V and P, in their shapes."""
         q, k, v, p = ctx.saved_tensors
         gq, gk, gv = (q.new_zeros(x.shape) for x in (q, k, v))
-        gp = None
-        if p is not None:
-            gp = q.new_zeros(p.shape)
+        gp = None if p is None else q.new_zeros(p.shape)
         with no_autocast(q):
             for rows, a, p_class in _chunks(q, k, p, ctx.chunk):
                 rectified = a if p_class is None else a * p_class
