@@ -358,7 +358,7 @@ def scaled(size: Sequence[int], factor: float) -> tuple[int, int]:
 
 def resize_smooth(x: Tensor, size: Sequence[int]) -> Tensor:
     """(B, C, h, w) -> (B, C, H, W), bilinear, anti-aliased when shrinking: as `_resize` trains."""
-    if max(x.shape[2] / size[0], x.shape[3] / size[1]) > 100:  # too much for a GPU's kernel
+    if max(x.shape[2] / size[0], x.shape[3] / size[1]) > 60:  # too much for a GPU's kernel
         return F.interpolate(x, tuple(size), mode="area")
     return F.interpolate(x, tuple(size), mode="bilinear", antialias=True)
 

@@ -173,7 +173,11 @@ def make_optimizer(net: dnl.Network, args: argparse.Namespace) -> torch.optim.SG
     # In fp16 the scaler may skip the first step. A fused one would then leave the momentum unset.
     fused = others[0].is_cuda and args.amp != "fp16"
     return torch.optim.SGD(
-        groups, args.lr, args.momentum, weight_decay=args.weight_decay, fused=fused
+        groups,
+        args.lr,
+        args.momentum,
+        weight_decay=args.weight_decay,
+        fused=fused or None,  # False would also forbid torch's fast loop over parameters
     )
 
 

@@ -261,7 +261,8 @@ def failure_line(error: BaseException) -> str | None:
     """The line for an error that the machine caused; None for an error of the program."""
     text = str(error)
     no_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    if no_memory or "allocate memory" in text:  # the CPU's allocator raises a plain RuntimeError
+    # The CPU's allocator and CUDA's own calls raise a plain RuntimeError.
+    if no_memory or "allocate memory" in text or "out of memory" in text:
         return "out of memory: try --recompute or --accumulate 2 (train.py), or --crop 768 (others)"
     for part, line in FAILURES.items():
         if part in text:
