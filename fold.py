@@ -14,7 +14,7 @@ Place = tuple[nn.Module, str]  # a module and the name of one of its children
 
 
 def fold_batchnorm(net: nn.Module) -> nn.Module:
-    """A copy in eval mode whose outputs are those of `net` but for rounding.
+    """A copy in eval mode with the same outputs, but for rounding.
 
     The context stays as it is, because it may be anybody's. A network of another class is returned
     itself, in eval mode.

@@ -177,6 +177,7 @@ def parse_training(argv: Sequence[str] | None, world: int) -> argparse.Namespace
     args.scale = list(args.scale)  # as argparse gives it: settings are compared
     args.out = Path(args.out or f"runs/{args.data}")
     check_ranges(args)
+    check_context(args)
     check_combinations(args, world)
     return args
 
@@ -197,8 +198,8 @@ def check_ranges(args: argparse.Namespace) -> None:
         raise InputError(f"--scale {low} {high}: expected 0 < MIN <= MAX <= 100")
 
 
-def check_combinations(args: argparse.Namespace, world: int) -> None:
-    """InputError for flags that do not go together, or not with this number of ranks."""
+def check_context(args: argparse.Namespace) -> None:
+    """InputError for an unknown context, and for flags about parts that it does not have."""
     if args.context not in ("dnl", "nl", "none") and ":" not in args.context:
         raise InputError(f"--context {args.context}: expected dnl, nl, none, or MODULE:FACTORY")
     if args.context != "dnl" and (args.no_gr or args.no_lr):
@@ -207,7 +208,11 @@ def check_combinations(args: argparse.Namespace, world: int) -> None:
             f"{args.context}: leave them out"
         )
     if args.p_from and (args.context != "dnl" or args.no_gr):
-        raise InputError("--p-from is where GR has P from, and this run has no GR: leave it out")
+        raise InputError("--p-from says where GR has P from, and this run has no GR: leave it out")
+
+
+def check_combinations(args: argparse.Namespace, world: int) -> None:
+    """InputError for flags that do not go together, or not with this number of ranks."""
     if args.init is not None and args.weights != "none":
         raise InputError("--init and --weights both fill the backbone: leave one out")
     if args.compile and args.recompute:

@@ -27,7 +27,7 @@ Call = Callable[[], list[Tensor]]
 def torchvision_net(name: str, config: dnl.Config) -> nn.Module | None:
     """torchvision's network of the same backbone and classes, with random weights.
 
-    None without torchvision, and for a backbone of which it has none.
+    None without torchvision, and for a backbone that its networks do not have.
     """
     try:
         models = import_module("torchvision.models.segmentation")

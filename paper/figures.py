@@ -297,7 +297,7 @@ def figures_parser() -> Parser:
     for name, p in figures.choices.items():
         text = f"the picture to write (default: {name}.png)"
         p.add_argument("--out", default=f"{name}.png", help=text)
-        if name != "gate":  # its width is that of its cells
+        if name != "gate":  # its cells decide its width
             p.add_argument("--width", type=int, default=900, help="in pixels (default: 900)")
         if name != "curves":
             add_flags(p, "device")
