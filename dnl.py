@@ -72,7 +72,7 @@ def spread_values(v: Tensor, s: Tensor, size: Size, kernel: int = 3) -> Tensor:
     v (B, C, N), s (B, kernel*kernel, N) -> (B, C, N)."""
     spread = torch.zeros_like(v).unflatten(2, size)
     v, s = _padded(v, size, kernel), _padded(s.to(v.dtype), size, kernel)
-    add = torch.addcmul if is_traced() else Tensor.addcmul_  # vmap has no batching for the second
+    add = torch.addcmul if is_traced() else Tensor.addcmul_  # vmap cannot batch addcmul_
     for d, near in enumerate(reversed(_windows(size, kernel))):  # the window of -d
         spread = add(spread, v[near], s[:, d, None][near])
     return spread.flatten(2)
@@ -100,10 +100,10 @@ def denoised_maps(
 def denoised_attention(
     q: Tensor, k: Tensor, v: Tensor, p: Tensor | None, size: Size, kernel: int = 3, chunk: int = 0
 ) -> Tensor:
-    """The value route: A''V (the sum in eq. 3), (B, C, N), memory linear in N. One derivative only.
+    """The value route: A''V (the sum in eq. 3), (B, C, N), memory linear in N, differentiable once.
     q, k (B, C', N), v (B, C, N), p (B, n, N) or None for no GR; kernel 0 for no LR. chunk: query
     pixels at a time; 0: as memory allows, all if `is_traced()`. It changes rounding only.
-    Logits, softmax and sigmoids are fp32 or better, also under autocast; product in v's type."""
+    All is in fp32 or better, also under autocast, but the product with a bf16 v."""
     q, k = at_least_fp32(q), at_least_fp32(k)
     if p is not None:
         p = at_least_fp32(p)
@@ -117,7 +117,7 @@ def denoised_attention(
         with no_autocast(q):
             return (a.to(values.dtype) @ values.mT).mT.to(v.dtype)
     if not chunk:
-        # 4 MiB of a map in fp32 stay in a CPU's cache; 128 pixels or more keep products efficient.
+        # About 4 MiB of a map stay in a CPU's cache; 128 pixels or more keep products efficient.
         elements = 2**20 if q.device.type == "cpu" else 2**26
         B, _, N = q.shape
         chunk = max(128, -(-N // max(1, round(B * N * N / elements))))  # chunks of equal size
@@ -154,7 +154,7 @@ def _padded(x, size, kernel):
     x, (H, W), r = x.unflatten(2, size), size, kernel // 2
     if is_traced() or x.stride(1) != 1:
         return F.pad(x, (r, r, r, r))
-    # F.pad overlooks that channels are innermost in a batch of one: 10x slower to read.
+    # In a batch of one F.pad puts pixels innermost, even if channels were: 10x slower to read.
     plane = x.new_zeros(x.shape[0], H + 2 * r, W + 2 * r, x.shape[1]).permute(0, 3, 1, 2)
     plane[:, :, r : r + H, r : r + W] = x
     return plane
@@ -190,7 +190,7 @@ class _SpreadValues(torch.autograd.Function):
     def backward(ctx, grad):
         """The gradient of V~ (B, C, N) -> the gradients of Q, K and V, in their shapes."""
         q, k, v, s = ctx.saved_tensors
-        gs = _dots(v, grad, *ctx.window).to(s.dtype) * s * (1 - s)  # sigmoid
+        gs = _dots(v, grad, *ctx.window).to(s.dtype) * s * (1 - s)  # of the sigmoid's input
         gv = _gather(s.to(v.dtype), grad, *ctx.window)
         return _gather(gs, k, *ctx.window), spread_values(q, gs, *ctx.window), gv, None, None
 
@@ -431,7 +431,7 @@ class Config:
     lr: bool = True
     kernel: int = 3
     channels: int = 512  # of F
-    p_from: str = "feature"  # P: a 1x1 convolution of F, raw; or one of P_FROM
+    p_from: str = "feature"  # one of P_FROM
     p_supervised: bool = False  # in training P is an output too
     aux_conv: bool = False  # the auxiliary heads are 3x3 + 1x1 convolutions, not 1x1
     refine: bool = False  # a 3x3 convolution follows the block
@@ -452,7 +452,7 @@ RELEASED = Config(
     dropout=0.05,
 )
 PRESETS = {"paper": PAPER, "released": RELEASED}
-P_FROM = ("feature", "res3", "res3_logits")  # res3: its head's softmax, or its logits as they are
+P_FROM = ("feature", "res3", "res3_logits")  # P: 1x1 convolution of F; res3 head's softmax; logits
 
 
 def resize(x: Tensor, size: tuple[int, ...]) -> Tensor:
@@ -549,7 +549,7 @@ def build(config: Config, context: Callable[[int, int], nn.Module] | None = None
     if c.p_from not in P_FROM:
         raise ValueError(f"p_from {c.p_from!r}: expected one of {', '.join(P_FROM)}")
     if c.p_supervised and not (gr and c.p_from == "feature"):
-        raise ValueError("a supervised P needs GR with P from the feature")
+        raise ValueError("a supervised P needs GR with P from the feature (p_from)")
     if c.context in ("dnl", "nl"):
         classes = c.num_classes if c.p_from == "feature" else 0
         module: nn.Module = DenoisedNonLocal(c.channels, classes, kernel=c.kernel, gr=gr, lr=lr)

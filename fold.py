@@ -40,7 +40,7 @@ def conv_norm_pairs(module: nn.Module) -> Iterator[tuple[Place, Place]]:
             if isinstance(first, nn.Conv2d) and isinstance(second, _BatchNorm):
                 yield (module, conv), (module, norm)
     elif isinstance(module, dnl.ResNet | dnl.Block):
-        for name, child in dict(module.named_children()).items():
+        for name, child in module.named_children():
             if not name.startswith("conv"):
                 continue
             place: Place = module, name

@@ -228,15 +228,15 @@ def confusion_picture(matrix: np.ndarray, classes: Sequence[str]) -> Picture:
 
 def matrix_picture(
     values: np.ndarray,
-    bright: np.ndarray,
+    brightness: np.ndarray,
     classes: Sequence[str],
     title: str,
     scale: Sequence[str],
 ) -> Picture:
     """Values (n, n), 0..1, by pair of classes, as coloured cells with names on all sides.
 
-    bright: 0..1, where on the scale of HEAT the colours lie; scale: what it stands for at 0, 1/4,
-    1/2, 3/4 and 1. Numbers are percent, if there is room. NaN is white.
+    brightness: (n, n), 0..1, positions on HEAT. scale: the labels of the positions 0, 1/4, 1/2, 3/4
+    and 1. Numbers are percent, if there is room, none for 0. NaN is white.
     """
     n = len(classes)
     side = max(14, min(56, 900 // n))  # of a cell
@@ -251,7 +251,7 @@ def matrix_picture(
     whole = far + margin
     width = max(whole, 600)  # room for the title
     out = Image.new("RGB", (width, whole), "white")
-    cells = matrix_cells(values, bright, side, font)
+    cells = matrix_cells(values, brightness, side, font)
     out.paste(cells, (margin, margin))
     out.paste(left, (0, margin))
     out.paste(right, (far, margin))
@@ -278,11 +278,11 @@ def draw_names(classes: Sequence[str], side: int, font: Font, width: int, anchor
     return out
 
 
-def matrix_cells(values: np.ndarray, bright: np.ndarray, side: int, font: Font) -> Picture:
+def matrix_cells(values: np.ndarray, brightness: np.ndarray, side: int, font: Font) -> Picture:
     """The coloured cells of `matrix_picture`, each `side` pixels wide and high."""
     n = len(values)
     absent = np.isnan(values)
-    colors = heat(np.where(absent, 0, bright))
+    colors = heat(np.where(absent, 0, brightness))
     colors[absent] = 255
     out = Image.fromarray(colors)
     out = out.resize((n * side, n * side), Resampling.NEAREST)
@@ -298,7 +298,7 @@ def matrix_cells(values: np.ndarray, bright: np.ndarray, side: int, font: Font) 
         return out
     for i, j in np.argwhere(values > 0):
         ink = "white"
-        if bright[i, j] > 0.55:
+        if brightness[i, j] > 0.55:
             ink = "black"
         x = (j + 0.5) * side
         y = (i + 0.5) * side

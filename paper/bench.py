@@ -13,10 +13,10 @@ last line:
     rows     block: n, dtype, layout (what is innermost in memory: channels, as in the network, or
              pixels), pass (forward, forward+backward), route (value, map, nl; on a GPU sdpa),
              seconds, peak (bytes over the inputs), peak_over_outputs (over the results too)
-             network: what (training, inference), variant (asked, plain, and asked of torchvision's
-             fcn and deeplabv3 if it is installed), seconds, peak (bytes over held and the batch),
-             flops (of a call), flops_per_second, matrix_flops_per_second (of
-             a large product), share (their quotient), images_per_second, held (bytes of weights,
+             network: what (training, inference), variant (asked, plain; fcn and deeplabv3 of
+             torchvision, if it is installed, as asked), seconds, peak (bytes over held and the
+             batch), flops (of a call), flops_per_second, matrix_flops_per_second (of a large
+             product), share (their quotient), images_per_second, held (bytes of weights,
              statistics, momentum), amp, channels_last
              loader: route (resize_all, crop_first, cached), seconds (an image), images_per_second
              (of one worker)
@@ -24,6 +24,7 @@ last line:
              network: "WHAT asked/plain" of times
              loader: "crop_first/resize_all", "cached/crop_first" of images per second
     file_mb  loader: megabytes of a generated PNG
+    busy     block: whether another process kept a core busy
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from torch import Tensor
 
 import dnl
 from paper.bench_loader import loader
-from paper.bench_network import network
+from paper.bench_network import Report, Size, network
 from paper.measure import SOURCE, in_turn, machine, markdown, peak_memory
 from paper.peers import attention
 from ranks import choose_amp, find_device
@@ -58,9 +59,6 @@ CHANNELS = 512  # C; C' is an eighth of it
 CLASSES = 19
 LAYOUTS = ("channels", "pixels")  # what is innermost in memory
 
-Size = tuple[int, int]  # (H, W)
-Report = dict[str, Any]
-Call = Callable[[], list[Tensor]]
 
 # ---- the block
 
@@ -204,7 +202,7 @@ def block_ratios(rows: Sequence[Report]) -> dict[str, float]:
 
 @contextmanager
 def spinning() -> Iterator[subprocess.Popen]:
-    """Another process computes without end in the meantime: readers do so beside a training."""
+    """Keep one core busy during the block, as reading processes do beside a training."""
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as child:
         try:
             yield child
@@ -278,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report: dict[str, Any] = {"machine": machine(device)}
     if args.what == "block":
         with spinning() if args.busy else nullcontext():
-            report |= block(args.runs, device, args.grow)
+            report |= block(args.runs, device, args.grow) | {"busy": args.busy}
     elif args.what == "network":
         config = replace(
             dnl.PAPER, backbone=args.backbone, channels=args.channels, num_classes=args.classes

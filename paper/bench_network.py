@@ -41,7 +41,7 @@ def torchvision_net(name: str, config: dnl.Config) -> nn.Module | None:
 
 
 class TorchvisionNet(nn.Module):
-    """A network of torchvision with the call of `dnl.Network`."""
+    """A network of torchvision with the call of `dnl.Network`. Outputs always have full size."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -66,8 +66,8 @@ def network_cases(
 ) -> tuple[dict[str, Call], int]:
     """One step of training and of inference, and the bytes of weights, statistics and momentum.
 
-    Training is as in train.py: eq. 5 on stride-8 outputs, SGD. Inference is as in evaluate.py: the
-    folded network gives full-size logits.
+    Training is as in train.py: eq. 5 on stride-8 outputs (full-size ones of torchvision's), SGD.
+    Inference is as in evaluate.py: full-size logits, BatchNorm folded (not in torchvision's).
     """
     layout = torch.channels_last if channels_last else torch.contiguous_format
     net = net.to(device)

@@ -36,8 +36,8 @@ from runtime import AMP, InputError, Parser, add_flags, quote, run_script, write
 
 Pixel = tuple[int, int]  # (x, y)
 Box = tuple[int, int, int]  # (left, top, side)
-DIFFERENT = "white boxes: where the predictions differ most"
 PERCENT = ("0 %", "25 %", "50 %", "75 %", "100 %")
+DIFFERENT = "white boxes: where the predictions differ most"
 WRONG = "white boxes: where the prediction differs from the truth most"
 
 

@@ -9,7 +9,9 @@ P_class, over the other pixels of a known label:
     AUC     share of (pixel of c, pixel of another class) in which the first has the larger value,
             a tie counting half                                 0.5: the gate knows nothing
 
-Nothing is undefined but a mean over no pixel, and the AUC if one of the two groups is empty: NaN.
+A mean over no pixel is NaN, and so is the AUC if either group is empty. P_class is the network's,
+in fp32: it is 1 for all logits above 17, so such pairs are ties. The network cannot tell them apart
+either.
 """
 
 from __future__ import annotations
@@ -30,15 +32,15 @@ def gate_values(p_class: Tensor, label: Tensor, queries: Tensor) -> Tensor:
     """
     rows = p_class.double()
     same, other = pairs(label, queries)
-    hits, misses = same.sum(1), other.sum(1)
+    n_same, n_other = same.sum(1).double(), other.sum(1).double()
     # The Mann-Whitney statistic. A value's rank is the mean of the ranks of its equals.
     ranked = rows.masked_fill(~(same | other), torch.inf).sort(1).values  # the rest comes last
     below = torch.searchsorted(ranked, rows)
-    upto = torch.searchsorted(ranked, rows, right=True)
-    ranks = (below + upto + 1) / 2 * same
-    wins = ranks.double().sum(1) - hits * (hits + 1) / 2
-    means = [(rows * of).sum(1) / of.sum(1) for of in (same, other)]
-    return torch.stack([*means, wins / (hits * misses)])
+    at_most = torch.searchsorted(ranked, rows, right=True)
+    ranks = (below + at_most + 1).double() / 2
+    wins = (ranks * same).sum(1) - n_same * (n_same + 1) / 2
+    auc = wins / (n_same * n_other)
+    return torch.stack([(rows * same).sum(1) / n_same, (rows * other).sum(1) / n_other, auc])
 
 
 def pairs(label: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,7 +55,10 @@ def pairs(label: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pair_sums(p_class: Tensor, label: Tensor, queries: Tensor, n: int) -> Tensor:
-    """Sums and numbers of P_class by pair of classes, (2, n, n) float64: rows are the query's."""
+    """For each pair of classes: the sum of P_class and the number of pairs of pixels.
+
+    (2, n, n) float64, rows of the query's class. Arguments as in `gate_values`; n: all classes.
+    """
     same, other = pairs(label, queries)
     known = (same | other).double()
     known_label = label.masked_fill(label == IGNORE, 0)

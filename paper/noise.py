@@ -45,8 +45,8 @@ MEASURES = (*(f"{noise} {m}" for noise in NOISES for m in MAPS), *GATE)
 class Measured:
     """What a checkpoint's attention does on a data set of n classes."""
 
-    means: Tensor  # (9, n) float64, a row for each of MEASURES; NaN for a class without a value
-    counts: Tensor  # (9, n) int64, the numbers of queries in the means
+    means: Tensor  # (len(MEASURES), n) float64; NaN for a class without a value
+    counts: Tensor  # (len(MEASURES), n) int64, the numbers of queries in the means
     gate: Tensor  # (n, n) float64, mean P_class by pair of classes, rows of the query's; NaN: none
 
 
@@ -140,7 +140,7 @@ def measure(
     workers: int = 0,
     base: int = 0,
 ) -> Measured:
-    """All measures of a network on a data set, on the CPU.
+    """All measures of a network on a data set. The result is on the CPU.
 
     The queries of image i depend on (seed, i) only. InputError for a split without ground truth.
     """
@@ -148,21 +148,20 @@ def measure(
         raise InputError(
             f"split {dataset.split!r} of {dataset.name} has no ground truth: take a labelled one"
         )
-    classes = len(dataset.classes)
-    sums = torch.zeros(len(MEASURES), classes, dtype=torch.float64, device=device)
+    n, images = len(dataset.classes), len(dataset)
+    sums = torch.zeros(len(MEASURES), n, dtype=torch.float64, device=device)
     counts = torch.zeros_like(sums)
-    pairs = torch.zeros(2, classes, classes, dtype=torch.float64, device=device)
-    n = len(dataset)
+    pairs = torch.zeros(2, n, n, dtype=torch.float64, device=device)
     for index, image, label in eval_images(dataset, 0, 1, workers):
-        print_progress(f"{index + 1}/{n} images", last=index + 1 == n)
+        print_progress(f"{index + 1}/{images} images", last=index + 1 == images)
         if label is None or (label == IGNORE).all():
             continue  # no query
         image, label = image.to(device), label.to(device)
         rng = np.random.default_rng((seed, index))
-        values, own, of_pairs = image_values(net, image, label, queries, rng, base)
-        sums.index_add_(1, own, values.nan_to_num(0))
-        counts.index_add_(1, own, (~values.isnan()).double())
-        pairs += of_pairs
+        values, classes, image_pairs = image_values(net, image, label, queries, rng, base)
+        sums.index_add_(1, classes, values.nan_to_num(0))
+        counts.index_add_(1, classes, (~values.isnan()).double())
+        pairs += image_pairs
     gate = pairs[0] / pairs[1]
     return Measured((sums / counts).cpu(), counts.long().cpu(), gate.cpu())
 
@@ -208,7 +207,7 @@ def none_if_nan(x: float) -> float | None:
 
 def parse_noise(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments. InputError for values out of range."""
-    p = Parser(prog="python -m paper.noise", description="Attention noise of a checkpoint")
+    p = Parser(prog="python -m paper.noise", description="Attention noise and gate of a checkpoint")
     p.add_argument("checkpoint")
     p.add_argument(
         "--queries",

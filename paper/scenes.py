@@ -1,11 +1,11 @@
-"""Scenes of objects in parts that lie far apart, as a data set of `--data folder`.
+"""Scenes of objects in two parts, as a data set of `--data folder`.
 
     python -m paper.scenes DIR              # 512 images to train on, 128 to validate
 
-An object is three plates of one colour, and one of them bears a sign that tells the class. So the
-other two say nothing about it: a network has to find the plate of the same colour that has the
-sign, wherever it lies. This is what attention is for, at a size that two cores can train on. A
-scene depends on (split, index) alone.
+An object is two plates of one colour at random places. One plate bears a sign that tells the class;
+the other says nothing, so a network has to find the plate of the same colour, wherever it lies.
+This is what attention is for, at a size that two cores can train on. A scene depends on
+(split, index) alone.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def scene(split: str, index: int) -> tuple[ndarray, ndarray]:
     """Image (160, 160, 3) and label (160, 160) of 7 classes, uint8: three objects of two plates.
 
     Objects differ in class and in colour; all colours come from one distribution. Plates lie over
-    one another, but not over a sign.
+    one another, but not over a sign. A plate without a sign is left out if 50 draws find no place.
     """
     rng = np.random.default_rng((STREAMS[split], index))
     mix, _ = synthetic.texture(1, SIDE, SIDE, rng)
@@ -88,7 +88,7 @@ def write_scenes(root: Path, counts: dict[str, int]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the data set. Returns the exit status."""
-    p = Parser(prog="python -m paper.scenes", description="Scenes of large objects in parts")
+    p = Parser(prog="python -m paper.scenes", description="Scenes of objects in two parts")
     p.add_argument("root", type=Path, metavar="DIR", help="a new folder")
     p.add_argument("--train", type=int, default=512, help="scenes to train on (%(default)s)")
     p.add_argument("--val", type=int, default=128, help="scenes to validate (%(default)s)")

@@ -7,8 +7,9 @@
 Table II (ablation) and Tables III and IV (compare) train every method with every seed by train.py,
 which gets all flags not known here. OUT/METHOD-seedS is a run of train.py; its output.txt holds
 what train.py printed. OUT/results.jsonl has a line for each finished run. OUT/table.md has the mean
-and standard deviation beside the paper's figures, the differences seed by seed, and the noise of
-the attention. The same command again goes on from there and repeats no finished run.
+and standard deviation beside the paper's figures, the differences seed by seed, and what P_class
+knows and the attention's noise. The same command again goes on from there and repeats no finished
+run. With --preset released, Denoised NL has P from the res3 head's softmax already.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from typing import Any
 
 import torch
 
-import dnl
 import recipe
 from checkpoint import base_of, load_network, open_like
 from data import open_dataset
@@ -68,20 +68,22 @@ METHODS = {  # by the name of the run's folder; Tables II, III and IV
     "dnl-res3-logits": Method("Denoised NL, P = res3 logits", ("--p-from", "res3_logits")),
     "dnl-res3": Method("Denoised NL, P = res3 softmax", ("--p-from", "res3")),
 }
+READINGS = ("dnl-supervised", "dnl-res3-logits", "dnl-res3")  # of P, other than Table II's
 TABLES = {
-    "ablation": (
-        *("none", "nl", "gr", "lr", "dnl"),
-        *("dnl-supervised", "dnl-res3-logits", "dnl-res3"),  # other readings of P
-    ),
+    "ablation": ("none", "nl", "gr", "lr", "dnl", *READINGS),
     "compare": ("none", "ppm", "aspp", "nl", "ocnet", "ccnet", "danet", "dranet", "dnl"),
 }
-PAIRS = {  # whose runs of the same seed are compared: (method, the one it is held against)
-    "ablation": (
-        *(("nl", "none"), ("gr", "nl"), ("lr", "nl"), ("dnl", "nl")),
-        *(("dnl-supervised", "dnl"), ("dnl-res3-logits", "dnl"), ("dnl-res3", "dnl")),
-    ),
-    "compare": tuple(("dnl", other) for other in TABLES["compare"][:-1]),
+PAIRS = {  # (method, baseline), compared seed by seed
+    "ablation": [
+        ("nl", "none"),
+        ("gr", "nl"),
+        ("lr", "nl"),
+        ("dnl", "nl"),
+        *((name, "dnl") for name in READINGS),
+    ],
+    "compare": [("dnl", other) for other in TABLES["compare"][:-1]],
 }
+MOST_SEEDS = 20  # the paired test goes through all 2^n choices of signs
 QUERIES = 16  # of an image, for the gate and the noise
 
 # ---- the runs
@@ -129,7 +131,9 @@ def refuse_own_flags(flags: Sequence[str]) -> None:
 def score_table(cells: Sequence[Cell]) -> str:
     """Mean and sample standard deviation of each method beside the paper's figures, as Markdown."""
     s = cells[0].settings
-    which = [name for name in BACKBONES if name == s["backbone"]] or list(BACKBONES)
+    which = list(BACKBONES)
+    if s["backbone"] in which:
+        which = [s["backbone"]]
     rows = []
     for name, results in results_by_method(cells).items():
         last = [100 * r["miou"] for r in results]
@@ -180,16 +184,16 @@ def paired_table(cells: Sequence[Cell], pairs: Sequence[tuple[str, str]]) -> str
     for name, other in pairs:
         seeds = [seed for seed in scores[name] if seed in scores[other]]
         gains = [scores[name][seed] - scores[other][seed] for seed in seeds]
-        row = [f"{METHODS[name].label} - {METHODS[other].label}", len(gains), "", "", ""]
+        figures = ["", "", ""]
         if gains:
-            row[2] = f"{statistics.mean(gains):+.2f}"
-            row[3] = f"{min(gains):+.2f} to {max(gains):+.2f}"
-            row[4] = f"{sign_flip_p(gains):.3f}"
-        rows.append(row)
+            mean, p = statistics.mean(gains), sign_flip_p(gains)
+            figures = [f"{mean:+.2f}", f"{min(gains):+.2f} to {max(gains):+.2f}", f"{p:.3f}"]
+        rows.append([f"{METHODS[name].label} - {METHODS[other].label}", len(gains), *figures])
     return (
         f"{markdown(('Difference', 'seeds', 'mean, points', 'range', 'p'), rows)}\n\n"
-        "p: how often a mean this far from 0 comes about if each difference had its sign by chance "
-        "(two-sided, over all choices of signs; of n seeds at least 2 / 2^n)."
+        "p: the share of all choices of signs of the differences whose mean is at least this far "
+        "from 0. With n seeds it is 2 / 2^n or more (3 seeds: 0.25). It is not corrected for the "
+        "number of rows."
     )
 
 
@@ -222,8 +226,8 @@ def attention_table(cells: Sequence[Cell]) -> str:
         f"{markdown(('Method', 'runs', *MEASURES), rows)}\n\n"
         "Noise between classes (inter) and within (intra) of A, A', A''; 0 is clean. Mean P_class "
         "of pixels of the same class and of another, and how often it is larger for the same "
-        "(AUC; 0.5: it knows nothing). paper/noise.py and paper/gate.py define them. Means over "
-        f"queries ({QUERIES} an image), classes and runs, of last.pt."
+        "(AUC; 0.5: it knows nothing, or is 1 for all). paper/noise.py and paper/gate.py define "
+        f"them. Means over queries ({QUERIES} an image), classes and runs, of last.pt."
     )
 
 
@@ -231,11 +235,11 @@ def measure_attention(cells: Sequence[Cell], device: torch.device) -> None:
     """Measure the finished runs that have attention and a last.pt, each once."""
     for cell in cells:
         path = cell.out / "last.pt"
-        if cell.result() is None or cell.attention() is not None or not path.exists():
+        if cell.settings["context"] not in ("dnl", "nl") or not path.exists():
             continue
-        net, checkpoint = load_network(path, device, cell.settings["context"])
-        if not isinstance(net.context, dnl.DenoisedNonLocal):
+        if cell.result() is None or cell.attention() is not None:
             continue
+        net, checkpoint = load_network(path, device)
         dataset = open_like(checkpoint, None, None, "val", str(path))
         base = base_of(checkpoint)
         measured = measure(net, dataset, queries=QUERIES, seed=0, device=device, base=base)
@@ -271,7 +275,8 @@ def run_table(
     with locked(out) as lock:
         write_results()
         failed = run_cells(cells, jobs, lock, write_results, script)
-        measure_attention(cells, find_device("auto"))
+        device = find_device(recipe.parse_training(flags, world=1).device)
+        measure_attention(cells, device)
         print(write_results())
     if failed:
         return 1
@@ -324,6 +329,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if args.jobs < 1:
         raise InputError(f"--jobs {args.jobs}: expected 1 or more")
+    if len(args.seeds) > MOST_SEEDS:
+        raise InputError(f"--seeds: got {len(args.seeds)}, expected at most {MOST_SEEDS}")
     try:
         return run_table(args.table, args.out, args.seeds, args.jobs, flags)
     except KeyboardInterrupt:

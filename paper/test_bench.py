@@ -185,7 +185,7 @@ def test_json_is_the_last_line(capsys, monkeypatch):
     assert bench.main(["block", "--runs", "1", "--json"]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {r["n"] for r in report["rows"]} == {16, 32}
-    assert set(report) == {"machine", "memory", "rows", "ratios"}
+    assert set(report) == {"machine", "memory", "rows", "ratios", "busy"}
     assert set(report["machine"]) == {"cpu", "cores", "threads", "torch", "device"}
 
 

@@ -49,6 +49,13 @@ def test_a_pixel_alone_in_its_class_has_no_area():
     assert values(rows, LABEL, torch.tensor([5])) == [[None, 0.5, None]]
 
 
+def test_a_large_class_has_no_area_above_one():
+    label = torch.zeros(30002, dtype=torch.long)
+    label[-1] = 1
+    rows = (1 - label)[None].float()
+    assert values(rows, label, torch.tensor([0])) == [[1, 0, 1]]
+
+
 @pytest.mark.parametrize("steps", [3, 10**6])
 def test_random_rows_against_loops(steps):
     """Few steps: many values are equal."""
