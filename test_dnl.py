@@ -225,6 +225,15 @@ def test_gradcheck(kernel, gr):
     assert torch.autograd.gradcheck(route, inputs)
 
 
+def test_the_equations_can_be_differentiated_twice():
+    q, k, v, _ = qkvp((2, 3), batch=1, channels=2, keys=2, classes=2)
+
+    def spread(q, k, v):
+        return dnl.spread_values(v, dnl.local_similarity(q, k, (2, 3)), (2, 3))
+
+    assert torch.autograd.gradgradcheck(spread, (q, k, v))
+
+
 def test_a_second_derivative_is_an_error():
     q, k, v, p = qkvp((2, 3))
     loss = denoised_attention(q, k, v, p, (2, 3)).square().sum()

@@ -5,9 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import dnl
+import evaluate
+import predict
 from fold import fold_batchnorm
 
 
@@ -39,6 +42,30 @@ def test_outputs_are_the_networks(preset, backbone):
     with torch.no_grad():
         expected, got = net.eval()(image), folded(image)
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10 * expected.abs().max().item())
+
+
+def test_statistics_of_several_ranks_are_folded_too():
+    net = trained(replace(dnl.PAPER, backbone="resnet18", channels=16))
+    synced = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(net))
+    folded = fold_batchnorm(synced)
+    assert not [m for m in folded.modules() if isinstance(m, nn.SyncBatchNorm)]
+    image = torch.randn(1, 3, 33, 49).double()
+    with torch.no_grad():
+        assert torch.equal(folded(image), fold_batchnorm(net)(image))
+
+
+@pytest.mark.parametrize("script", [evaluate, predict])
+def test_scoring_and_prediction_use_the_folded_network(script, monkeypatch, tmp_path, run_folder):
+    def spy(net):
+        raise RuntimeError("folded")
+
+    monkeypatch.setattr(script, "fold_batchnorm", spy)
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    argv = [str(run_folder / "best.pt"), "--workers", "0"]
+    if script is predict:
+        argv += [str(tmp_path / "a.png"), "--out", str(tmp_path / "out")]
+    with pytest.raises(RuntimeError, match="folded"):
+        script.main(argv)
 
 
 def test_a_context_of_ones_own_is_left_alone():
