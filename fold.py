@@ -14,36 +14,39 @@ Place = tuple[nn.Module, str]  # a module and the name of one of its children
 
 
 def fold_batchnorm(net: nn.Module) -> nn.Module:
-    """A copy in eval mode with the same outputs, but for rounding.
+    """A copy in eval mode with the same outputs, but for rounding. Hooks on a BatchNorm are lost.
 
-    The context stays as it is, because it may be anybody's. A network of another class is returned
-    itself, in eval mode.
+    The context is shared and not folded, because it may be anybody's; it is in eval mode then too.
+    A network of another class is returned itself, in eval mode.
     """
     if not isinstance(net, dnl.Network):
         return net.eval()
-    net = copy.deepcopy(net).eval()
+    net = copy.deepcopy(net, {id(net.context): net.context}).eval()
     for name, part in net.named_children():
         if name == "context":
             continue
         for module in part.modules():
-            for (owner, conv), (other, norm) in conv_norm_pairs(module):
-                fused = fuse_conv_bn_eval(getattr(owner, conv), getattr(other, norm))
-                setattr(owner, conv, fused)
-                setattr(other, norm, nn.Identity())
+            for (owner, conv), (other, norm) in pairs(module):
+                first, second = getattr(owner, conv), getattr(other, norm)
+                batchnorm = isinstance(second, _BatchNorm) and second.running_mean is not None
+                if type(first) is nn.Conv2d and batchnorm:
+                    setattr(owner, conv, fuse_conv_bn_eval(first, second))
+                    setattr(other, norm, nn.Identity())
     return net
 
 
-def conv_norm_pairs(module: nn.Module) -> Iterator[tuple[Place, Place]]:
-    """Where a module of dnl.py runs a convolution and then its BatchNorm."""
+def pairs(module: nn.Module) -> Iterator[tuple[Place, Place]]:
+    """Where a module of dnl.py may run a convolution and then its BatchNorm."""
+    names = [name for name, _ in module.named_children()]
     if isinstance(module, nn.Sequential):
-        for (conv, first), (norm, second) in pairwise(module.named_children()):
-            if isinstance(first, nn.Conv2d) and isinstance(second, _BatchNorm):
-                yield (module, conv), (module, norm)
+        for conv, norm in pairwise(names):
+            yield (module, conv), (module, norm)
     elif isinstance(module, dnl.ResNet | dnl.Block):
-        for name, child in module.named_children():
+        for name in names:
             if not name.startswith("conv"):
                 continue
             place: Place = module, name
-            if isinstance(child, nn.Sequential):  # the deep stem
-                place = child, str(len(child) - 1)
+            conv1 = getattr(module, name)
+            if isinstance(conv1, nn.Sequential):  # the deep stem
+                place = conv1, str(len(conv1) - 1)
             yield place, (module, name.replace("conv", "bn"))

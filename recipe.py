@@ -176,6 +176,8 @@ def parse_training(argv: Sequence[str] | None, world: int) -> argparse.Namespace
             setattr(args, name, value)
     args.scale = list(args.scale)  # as argparse gives it: settings are compared
     args.out = Path(args.out or f"runs/{args.data}")
+    if args.p_from == dnl.PRESETS[args.preset].p_from:
+        args.p_from = None  # the same run as without the flag
     check_ranges(args)
     check_context(args)
     check_combinations(args, world)
@@ -208,7 +210,7 @@ def check_context(args: argparse.Namespace) -> None:
             f"{args.context}: leave them out"
         )
     if args.p_from and (args.context != "dnl" or args.no_gr):
-        raise InputError("--p-from says where GR has P from, and this run has no GR: leave it out")
+        raise InputError("--p-from is for --context dnl with GR: leave it out")
 
 
 def check_combinations(args: argparse.Namespace, world: int) -> None:

@@ -58,6 +58,13 @@ GROW = ((24, 24), (96, 96), (192, 192))  # with SIZE: each N is four times the o
 CHANNELS = 512  # C; C' is an eighth of it
 CLASSES = 19
 LAYOUTS = ("channels", "pixels")  # what is innermost in memory
+SPIN = """
+import os, signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+parent = os.getppid()
+while os.getppid() == parent:  # not beyond the parent's own end
+    pass
+"""
 
 
 # ---- the block
@@ -203,7 +210,7 @@ def block_ratios(rows: Sequence[Report]) -> dict[str, float]:
 @contextmanager
 def spinning() -> Iterator[subprocess.Popen]:
     """Keep one core busy during the block, as reading processes do beside a training."""
-    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as child:
+    with subprocess.Popen([sys.executable, "-c", SPIN]) as child:
         try:
             yield child
         finally:

@@ -32,6 +32,7 @@ from attention import attention_inputs, require_attention
 from checkpoint import base_of, load_network, open_like
 from classes import IGNORE
 from data import DataSet, base_factor, eval_images
+from evaluate import NOT_FINITE
 from paper.gate import GATE, gate_values, pair_sums
 from ranks import find_device
 from runtime import InputError, Parser, parse_flags, print_progress, run_script
@@ -109,6 +110,7 @@ def image_values(
 
     image (3, H, W) 0..255, label (H, W), on the network's device -> (9, R) float64, (R,) int64,
     (2, n, n) float64. base: of `base_factor`. Without GR there is no gate: NaN, and sums of 0.
+    InputError if the network's features are not finite.
     """
     block = cast(dnl.DenoisedNonLocal, net.context)  # require_attention has checked this
     q, k, p, size = attention_inputs(net, image, base_factor(label.shape, base))
@@ -116,13 +118,18 @@ def image_values(
     drawn = sample_queries(label.cpu().numpy(), count, rng)
     queries = torch.from_numpy(drawn).to(label.device)
     classes = label[queries]
+    n = net.config.num_classes
+    sums = torch.zeros(2, n, n, dtype=torch.float64, device=label.device)
+    gate = sums.new_full((len(GATE), len(queries)), torch.nan)
+    if not len(queries):  # no labelled pixel lies on F's grid
+        return gate.new_zeros(len(MEASURES), 0), classes, sums
+    for x in (q, k, p):
+        if x is not None and not x.isfinite().all():
+            raise InputError(NOT_FINITE)
     maps = dnl.denoised_maps(q, k, p, size, block.kernel, queries)  # (1, R, N)
     values = []
     for noise in (inter_class, intra_class):
         values += [noise(rows[0], label, classes) for rows in maps]
-    n = net.config.num_classes
-    gate = torch.full((len(GATE), len(queries)), torch.nan, device=label.device)
-    sums = torch.zeros(2, n, n, device=label.device)
     if p is not None:
         p_class = dnl.class_affinity(p, queries)[0]
         gate = gate_values(p_class, label, queries)

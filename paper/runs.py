@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from runtime import InputError, open_lock, print_line, print_progress, quote, write
+from runtime import InputError, open_lock, print_line, print_progress, quote
 
 # ---- one run
 
@@ -89,18 +89,6 @@ class Cell:
             "out": str(self.out),
             "settings": was,
         }
-
-    def attention(self) -> dict[str, float | None] | None:
-        """The mean of each of paper.noise's measures; None before `save_attention`."""
-        path = self.out / "attention.json"
-        if not path.exists():
-            return None
-        return json.loads(path.read_text())
-
-    def save_attention(self, means: dict[str, float | None]) -> None:
-        """Keep the means for `attention`."""
-        text = json.dumps(means) + "\n"
-        write(self.out / "attention.json", lambda f: f.write(text.encode()))
 
 
 def is_epoch(line: dict[str, Any]) -> bool:

@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if min(args.train, args.val) < 1:
         raise InputError(f"--train {args.train}, --val {args.val}: expected 1 or more")
     if args.root.exists():
-        raise InputError(f"{quote(args.root)}: exists: name a new folder")
+        raise InputError(f"{quote(args.root)}: exists: name a new folder, or remove it")
     write_scenes(args.root, {"train": args.train, "val": args.val})
     return 0
 

@@ -35,7 +35,7 @@ from paper.measure import markdown
 from paper.noise import MEASURES, as_plain, measure
 from paper.runs import Cell, locked, run_cells
 from ranks import find_device
-from runtime import InputError, Parser, add_flags, print_line, run_script, write
+from runtime import InputError, Parser, add_flags, print_line, quote, run_script, write
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
@@ -213,7 +213,7 @@ def attention_table(cells: Sequence[Cell]) -> str:
     """The gate and the noise of each method, means over its measured runs, as Markdown."""
     rows = []
     for name in dict.fromkeys(cell.name for cell in cells):
-        found = [cell.attention() for cell in cells if cell.name == name]
+        found = [attention_means(cell) for cell in cells if cell.name == name]
         runs = [measures for measures in found if measures]
         if not runs:
             continue
@@ -231,21 +231,57 @@ def attention_table(cells: Sequence[Cell]) -> str:
     )
 
 
-def measure_attention(cells: Sequence[Cell], device: torch.device) -> None:
-    """Measure the finished runs that have attention and a last.pt, each once."""
+def attention_means(cell: Cell) -> dict[str, float | None] | None:
+    """The mean of each of MEASURES in attention.json; None unless it is of this cell's result."""
+    try:
+        found = json.loads((cell.out / "attention.json").read_text())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(found, dict) or found.get("of") != measured_of(cell):
+        return None
+    return found["means"]
+
+
+def measured_of(cell: Cell) -> dict[str, Any] | None:
+    """What attention.json is of: the result, and what is measured. None for an unfinished run."""
+    result = cell.result()
+    if result is None:
+        return None
+    epochs = result["settings"]["epochs"]
+    of = {"epochs": epochs, "miou": result["miou"], "queries": QUERIES}
+    return of | {"measures": list(MEASURES)}
+
+
+def measure_attention(cells: Sequence[Cell], flags: Sequence[str]) -> None:
+    """Write attention.json of each finished run that has attention and a last.pt, once.
+
+    flags: of train.py; they name the data set and the device.
+    """
+    args = recipe.parse_training(flags, world=1)
+    device = find_device(args.device)
     for cell in cells:
         path = cell.out / "last.pt"
-        if cell.settings["context"] not in ("dnl", "nl") or not path.exists():
+        of = measured_of(cell)
+        if cell.settings["context"] not in ("dnl", "nl") or of is None or not path.exists():
             continue
-        if cell.result() is None or cell.attention() is not None:
+        if attention_means(cell) is not None:
             continue
-        net, checkpoint = load_network(path, device)
-        dataset = open_like(checkpoint, None, None, "val", str(path))
-        base = base_of(checkpoint)
-        measured = measure(net, dataset, queries=QUERIES, seed=0, device=device, base=base)
+        try:
+            net, checkpoint = load_network(path, device)
+            dataset = open_like(checkpoint, args.data, args.root, "val", str(path))
+            base = base_of(checkpoint)
+            measured = measure(net, dataset, queries=QUERIES, seed=0, device=device, base=base)
+        except InputError as e:
+            print_line(f"warning: {quote(cell.out)}: not measured: {e}", error=True)
+            continue
         plain = as_plain(measured, dataset.classes)
         means = {name: values["mean"] for name, values in plain.items()}
-        cell.save_attention(means)
+        write_text(cell.out / "attention.json", json.dumps({"of": of, "means": means}))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file, or leave the one before."""
+    write(path, lambda f: f.write(text.encode()))
 
 
 def run_table(
@@ -266,17 +302,16 @@ def run_table(
 
     def write_results() -> str:
         lines = "".join(json.dumps(r) + "\n" for r in results_of(cells))
-        write(out / "results.jsonl", lambda f: f.write(lines.encode()))
+        write_text(out / "results.jsonl", lines)
         parts = [score_table(cells), paired_table(cells, PAIRS[table]), attention_table(cells)]
         text = "\n\n".join([*parts, f"    {command}\n"])
-        write(out / "table.md", lambda f: f.write(text.encode()))
+        write_text(out / "table.md", text)
         return text
 
     with locked(out) as lock:
         write_results()
         failed = run_cells(cells, jobs, lock, write_results, script)
-        device = find_device(recipe.parse_training(flags, world=1).device)
-        measure_attention(cells, device)
+        measure_attention(cells, flags)
         print(write_results())
     if failed:
         return 1

@@ -2,8 +2,11 @@
 
 import copy
 import json
+import subprocess
 import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -87,7 +90,25 @@ def test_layouts_hold_the_same_numbers():
         assert a.stride(1) == 1 and b.stride(2) == 1  # what is innermost
 
 
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks Linux for the time used")
 def test_another_process_spins_meanwhile():
+    """It takes processor time, and ends with its parent, however that ends."""
+    parent = f"import subprocess, sys\nc = subprocess.Popen([sys.executable, '-c', {bench.SPIN!r}])"
+    parent += "\nprint(c.pid, flush=True)\nsys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        stat = Path("/proc", process.stdout.readline().strip(), "stat")
+        before = stat.read_text().split()[13]
+        time.sleep(0.5)
+        assert int(stat.read_text().split()[13]) > int(before)
+        process.kill()
+    for _ in range(100):
+        if not stat.exists() or stat.read_text().split()[2] == "Z":
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("it lives on")
     with bench.spinning() as child:
         assert child.poll() is None
     assert child.poll() is not None

@@ -201,6 +201,23 @@ def test_wrong_input_is_one_clear_line(tmp_path):
         noise.main(["x.pt", "--queries", "0"])
 
 
+def test_a_label_off_the_grid_of_f_is_no_query(tmp_path, monkeypatch):
+    net, dataset = checkpoint(tmp_path / "c.pt"), data.open_dataset("synthetic", None, "val")
+    label = torch.full((128, 160), 255, dtype=torch.uint8)
+    label[5:9, 5:9] = 1
+    images = [(0, torch.zeros(3, 128, 160, dtype=torch.uint8), label)]
+    monkeypatch.setattr(noise, "eval_images", lambda *a: images)
+    found = noise.measure(net, dataset, queries=4, seed=0, device=torch.device("cpu"))
+    assert found.means.isnan().all() and not found.counts.any()
+
+
+def test_features_that_are_not_finite_are_a_line(tmp_path, monkeypatch):
+    net, dataset = checkpoint(tmp_path / "c.pt"), data.open_dataset("synthetic", None, "val")
+    net.down.bn2.weight.data.fill_(torch.inf)
+    with pytest.raises(InputError, match="not finite"):
+        noise.measure(net, dataset, queries=4, seed=0, device=torch.device("cpu"))
+
+
 def test_an_image_without_a_label_has_no_query(tmp_path, monkeypatch):
     net, dataset = checkpoint(tmp_path / "c.pt"), data.open_dataset("synthetic", None, "val")
     images = [

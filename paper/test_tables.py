@@ -242,8 +242,10 @@ def test_the_attention_of_finished_runs_is_measured_once(tmp_path, monkeypatch):
     cells.append(made_up(tmp_path, "dnl", 1, [0.1], context="dnl"))  # unfinished
     for cell in cells:
         checkpoint(cell.out / "last.pt", context=cell.settings["context"])
-    tables.measure_attention(cells, torch.device("cpu"))
-    assert [cell.attention() is not None for cell in cells] == [True, True, False, False]
+    flags = ["--device", "cpu"]
+    tables.measure_attention(cells, flags)
+    measured = [tables.attention_means(cell) is not None for cell in cells]
+    assert measured == [True, True, False, False]
     dataset = open_dataset("synthetic", None, "val")
     net = checkpoint(tmp_path / "c.pt")
     own = noise.measure(net, dataset, queries=16, seed=0, device=torch.device("cpu"))
@@ -252,7 +254,29 @@ def test_the_attention_of_finished_runs_is_measured_once(tmp_path, monkeypatch):
     assert [c.strip() for c in shown[2]] == ["Denoised NL", "1", *expected]
     assert [c.strip() for c in shown[3]][-3:] == ["", "", ""]  # no gate
     monkeypatch.setattr(tables, "measure", None)
-    tables.measure_attention(cells, torch.device("cpu"))
+    tables.measure_attention(cells, flags)
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"inter A": 0.5}', '{"of": null}'])
+def test_another_attention_json_is_measured_again(tmp_path, monkeypatch, content):
+    monkeypatch.setitem(synthetic.SIZES, "val", 1)
+    cell = made_up(tmp_path, "dnl", 0, [0.1, 0.2], context="dnl")
+    checkpoint(cell.out / "last.pt")
+    (cell.out / "attention.json").write_text(content)
+    assert tables.attention_means(cell) is None
+    tables.measure_attention([cell], [])
+    assert tables.attention_means(cell).keys() == {*noise.MEASURES}
+    cell = made_up(tmp_path / "dnl-seed0", "dnl", 0, [0.1, 0.2, 0.3], epochs=3, context="dnl")
+    (tmp_path / "dnl-seed0" / "attention.json").rename(cell.out / "attention.json")
+    assert tables.attention_means(cell) is None  # trained on since
+
+
+def test_a_checkpoint_that_cannot_be_measured_is_a_warning(tmp_path, capsys):
+    cell = made_up(tmp_path, "dnl", 0, [0.1, 0.2], context="dnl")
+    (cell.out / "last.pt").write_bytes(b"PK")
+    tables.measure_attention([cell], [])
+    told = capsys.readouterr().err
+    assert told.startswith("warning: ") and "not measured: " in told and "last.pt" in told
 
 
 # ---- the runner

@@ -35,7 +35,7 @@ def test_outputs_are_the_networks(preset, backbone):
     before = copy.deepcopy(net.state_dict())
     folded = fold_batchnorm(net)
     assert not [m for m in folded.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert net.training and not folded.training
+    assert net.training and net.backbone.bn1.training and not folded.training
     for name, tensor in net.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     image = torch.randn(1, 3, 65, 97).double()
@@ -73,8 +73,24 @@ def test_a_context_of_ones_own_is_left_alone():
     net = dnl.build(
         replace(dnl.PAPER, backbone="resnet18", channels=16, context="mine:it"), factory
     )
-    folded = fold_batchnorm(net)
-    assert [type(m) for m in folded.context] == [type(m) for m in net.context]
+    assert fold_batchnorm(net).context is net.context
+
+
+def test_a_context_that_cannot_be_copied_is_shared():
+    net = dnl.build(replace(dnl.PAPER, backbone="resnet18", channels=16))
+    net.context.map = torch.ones(1, requires_grad=True) * 2  # no leaf of the graph
+    assert fold_batchnorm(net).context is net.context
+
+
+def test_what_is_no_batchnorm_with_statistics_stays():
+    net = trained(replace(dnl.PAPER, backbone="resnet18", channels=16))
+    net.backbone.layer1[0].bn1 = nn.GroupNorm(4, 64).double()
+    net.backbone.layer1[0].bn2 = nn.BatchNorm2d(64, track_running_stats=False).double()
+    net.reduce[0] = nn.utils.parametrizations.weight_norm(net.reduce[0])
+    image = torch.randn(1, 3, 33, 49).double()
+    with torch.no_grad():
+        folded = fold_batchnorm(fold_batchnorm(net))
+        torch.testing.assert_close(folded(image), net.eval()(image), rtol=1e-9, atol=1e-9)
 
 
 def test_another_network_is_itself():
