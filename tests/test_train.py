@@ -560,3 +560,13 @@ def test_resnet101_at_the_papers_sizes_within_20_gib():
     assert done.returncode == 0, done.stderr
     ok, peak = done.stdout.split()
     assert ok == "True" and float(peak) < 20  # GiB
+
+
+def test_p_from_at_its_default_is_the_run_without_it():
+    for preset, own, other in (("paper", "feature", "res3"), ("released", "res3", "feature")):
+        parsed = [
+            recipe.parse_training(["--preset", preset, "--p-from", name], 1)
+            for name in (own, other)
+        ]
+        assert [args.p_from for args in parsed] == [None, other]
+        assert [recipe.configuration(a, 5).p_from for a in parsed] == [own, other]
