@@ -9,9 +9,9 @@ P_class, over the other pixels of a known label:
     AUC     share of (pixel of c, pixel of another class) in which the first has the larger value,
             a tie counting half                                 0.5: the gate knows nothing
 
-A mean over no pixel is NaN, and so is the AUC if either group is empty. P_class is the network's,
-in fp32: it is 1 for all logits above 17, so such pairs are ties. The network cannot tell them apart
-either.
+A mean over no pixel is NaN, and so is the AUC if either group is empty. P_class is in fp32, as in
+the network. It is 1 for all logits above 17: such values are equal here, because they are equal to
+GR.
 """
 
 from __future__ import annotations
@@ -26,27 +26,31 @@ GATE = ("same", "other", "AUC")
 
 
 def gate_values(p_class: Tensor, label: Tensor, queries: Tensor) -> Tensor:
-    """same, other and AUC of each query, (3, R) float64.
+    """The mean over the same class, over others, and the AUC of each query, (3, R) float64.
 
     p_class (R, N) 0..1, its rows; label (N,); queries (R,) indices of the rows' pixels.
     """
     rows = p_class.double()
     same, other = pairs(label, queries)
-    n_same, n_other = same.sum(1).double(), other.sum(1).double()
-    # The Mann-Whitney statistic. A value's rank is the mean of the ranks of its equals.
-    ranked = rows.masked_fill(~(same | other), torch.inf).sort(1).values  # the rest comes last
+    n_same = same.sum(1).double()
+    n_other = other.sum(1).double()
+    same_mean = (rows * same).sum(1) / n_same
+    other_mean = (rows * other).sum(1) / n_other
+    # The Mann-Whitney statistic. Equal values share the mean of their ranks.
+    known = same | other
+    ranked = rows.masked_fill(~known, torch.inf).sort(1).values  # the unknown come last
     below = torch.searchsorted(ranked, rows)
     at_most = torch.searchsorted(ranked, rows, right=True)
     ranks = (below + at_most + 1).double() / 2
     wins = (ranks * same).sum(1) - n_same * (n_same + 1) / 2
     auc = wins / (n_same * n_other)
-    return torch.stack([(rows * same).sum(1) / n_same, (rows * other).sum(1) / n_other, auc])
+    return torch.stack([same_mean, other_mean, auc])
 
 
 def pairs(label: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
     """Whether a query and a pixel are of one class, and of two, each (R, N) bool.
 
-    Neither for a pixel with itself, nor for label 255.
+    False in both for a pixel with itself, and for label 255.
     """
     same = label == label[queries, None]
     other = ~same & (label != IGNORE)

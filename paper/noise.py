@@ -108,9 +108,9 @@ def image_values(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """MEASURES of sampled queries of an image, the queries' classes, and `gate.pair_sums`.
 
-    image (3, H, W) 0..255, label (H, W), on the network's device -> (9, R) float64, (R,) int64,
-    (2, n, n) float64. base: of `base_factor`. Without GR there is no gate: NaN, and sums of 0.
-    InputError if the network's features are not finite.
+    image (3, H, W) 0..255, label (H, W), on the network's device -> (len(MEASURES), R) float64,
+    (R,) int64, (2, n, n) float64. base: of `base_factor`. Without GR the gate's measures are NaN,
+    its sums 0. InputError if the network's features are not finite.
     """
     block = cast(dnl.DenoisedNonLocal, net.context)  # require_attention has checked this
     q, k, p, size = attention_inputs(net, image, base_factor(label.shape, base))
@@ -161,9 +161,8 @@ def measure(
     pairs = torch.zeros(2, n, n, dtype=torch.float64, device=device)
     for index, image, label in eval_images(dataset, 0, 1, workers):
         print_progress(f"{index + 1}/{images} images", last=index + 1 == images)
-        if label is None or (label == IGNORE).all():
-            continue  # no query
-        image, label = image.to(device), label.to(device)
+        label = cast(Tensor, label).to(device)  # the split is labelled
+        image = image.to(device)
         rng = np.random.default_rng((seed, index))
         values, classes, image_pairs = image_values(net, image, label, queries, rng, base)
         sums.index_add_(1, classes, values.nan_to_num(0))

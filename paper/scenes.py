@@ -25,6 +25,7 @@ SIGN = 28  # its side
 SIGNS = (2, 3, 4, 5, 6, 7)  # wall, fence, flag, board, ball, ring of `synthetic`
 CLASSES = ("ground", *(synthetic.CLASSES[i] for i in SIGNS))
 STREAMS = {"train": 0, "val": 1}  # the first number of a scene's seed
+Place = tuple[slice, slice]  # rows, columns
 
 
 def scene(split: str, index: int) -> tuple[ndarray, ndarray]:
@@ -43,24 +44,39 @@ def scene(split: str, index: int) -> tuple[ndarray, ndarray]:
     bodies = distinct_colors(3, rng)
     for part in range(2):
         for c, body in zip(classes, bodies):
-            h, w = rng.integers(36, 61, 2)
-            corners = rng.integers(0, (SIDE - h, SIDE - w), (50, 2))
-            places = [np.s_[y : y + h, x : x + w] for y, x in corners]
-            place = next((s for s in places if free[s].all()), None)
+            place = find_place(free, rng)
             if place is None:
                 continue
             image[place] = body
             label[place] = c + 1
             if part == 0:
-                top = place[0].start + rng.integers(0, h - SIGN + 1)
-                left = place[1].start + rng.integers(0, w - SIGN + 1)
-                sign = np.s_[top : top + SIGN, left : left + SIGN]
-                mix, mask = synthetic.texture(SIGNS[c], SIGN, SIGN, rng)
-                other = (body + 128) % 256  # equally far in each channel
-                image[sign] += (other - body) * (mix * mask)[..., None]
-                free[sign] = False
+                sign = draw_sign(image[place], SIGNS[c], body, rng)
+                free[place][sign] = False
     image += 8 * rng.standard_normal(image.shape)
     return image.clip(0, 255).astype(np.uint8), label
+
+
+def find_place(free: ndarray, rng: np.random.Generator) -> Place | None:
+    """A random place of a plate in the scene without a taken pixel; None after 50 draws."""
+    h, w = rng.integers(36, 61, 2)
+    for y, x in rng.integers(0, (SIDE - h, SIDE - w), (50, 2)):
+        place = np.s_[y : y + h, x : x + w]
+        if free[place].all():
+            return place
+    return None
+
+
+def draw_sign(plate: ndarray, kind: int, body: ndarray, rng: np.random.Generator) -> Place:
+    """Draw a sign at a random place of a plate (h, w, 3) of the colour `body`; return the place."""
+    h, w, _ = plate.shape
+    top = rng.integers(0, h - SIGN + 1)
+    left = rng.integers(0, w - SIGN + 1)
+    place = np.s_[top : top + SIGN, left : left + SIGN]
+    mix, mask = synthetic.texture(kind, SIGN, SIGN, rng)
+    share = (mix * mask)[..., None]
+    other = (body + 128) % 256  # equally far in each channel
+    plate[place] += (other - body) * share
+    return place
 
 
 def distinct_colors(count: int, rng: np.random.Generator) -> list[ndarray]:

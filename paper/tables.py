@@ -233,11 +233,12 @@ def attention_table(cells: Sequence[Cell]) -> str:
 
 def attention_means(cell: Cell) -> dict[str, float | None] | None:
     """The mean of each of MEASURES in attention.json; None unless it is of this cell's result."""
+    of = measured_of(cell)
     try:
         found = json.loads((cell.out / "attention.json").read_text())
     except (OSError, ValueError):
         return None
-    if not isinstance(found, dict) or found.get("of") != measured_of(cell):
+    if of is None or not isinstance(found, dict) or found.get("of") != of:
         return None
     return found["means"]
 
@@ -247,9 +248,12 @@ def measured_of(cell: Cell) -> dict[str, Any] | None:
     result = cell.result()
     if result is None:
         return None
-    epochs = result["settings"]["epochs"]
-    of = {"epochs": epochs, "miou": result["miou"], "queries": QUERIES}
-    return of | {"measures": list(MEASURES)}
+    return {
+        "epochs": result["settings"]["epochs"],
+        "miou": result["miou"],
+        "queries": QUERIES,
+        "measures": list(MEASURES),
+    }
 
 
 def measure_attention(cells: Sequence[Cell], flags: Sequence[str]) -> None:

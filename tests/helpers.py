@@ -5,6 +5,7 @@ its copies and in others.
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -113,6 +114,7 @@ def halve(path):
 
 
 def batches(dataset, **options):
+    """The training batches of a data set, with small options by default."""
     return list(
         data.train_batches(
             dataset,
@@ -253,7 +255,29 @@ def same_run(a, b):
     )
 
 
+def stop_at(stops, monkeypatch):
+    """Send SIGTERM as a step of the list `stops` begins, once for each."""
+    step = train.train_step
+
+    def stopping(run, *rest):
+        if run.step in stops:
+            stops.remove(run.step)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(run, *rest)
+
+    monkeypatch.setattr(train, "train_step", stopping)
+
+
+def run_whole_and_in_parts(folder, street, monkeypatch, *flags):
+    """Train without a stop, and stopped by a signal within an epoch, twice; the runs are equal."""
+    assert trained(folder / "whole", street, *flags) == 0
+    stop_at([1, 3], monkeypatch)
+    assert [trained(folder / "parts", street, *flags) for _ in range(3)] == [143, 143, 0]
+    assert same_run(folder / "whole", folder / "parts")
+
+
 def make_checkpoint(path, classes, data="folder", root=None, context="dnl"):
+    """Write the checkpoint of a small network with random weights."""
     torch.manual_seed(0)
     config = replace(
         dnl.PAPER, num_classes=len(classes), backbone="resnet18", channels=32, context=context

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 from collections import defaultdict
@@ -13,7 +12,17 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import ROOT, TINY, blocks, gap, make_checkpoint, same_run, script, trained
+from helpers import (
+    ROOT,
+    TINY,
+    blocks,
+    gap,
+    make_checkpoint,
+    run_whole_and_in_parts,
+    same_run,
+    script,
+    trained,
+)
 
 import checkpoint
 import dnl
@@ -78,19 +87,7 @@ def test_on_a_gpu_stopped_and_resumed_is_the_uninterrupted_run(
     """Bit for bit with --deterministic. Without it kernels add in any order, and only the samples,
     the schedule and the number of steps are the same.
     """
-    flags = [repeatable, "--amp", amp]
-    assert trained(tmp_path / "whole", street, *flags) == 0
-    step, stops = train.train_step, [1, 3]
-
-    def stopping(run, *rest):
-        if run.step in stops:
-            stops.remove(run.step)
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(run, *rest)
-
-    monkeypatch.setattr(train, "train_step", stopping)
-    assert [trained(tmp_path / "parts", street, *flags) for _ in range(3)] == [143, 143, 0]
-    assert same_run(tmp_path / "whole", tmp_path / "parts")
+    run_whole_and_in_parts(tmp_path, street, monkeypatch, repeatable, "--amp", amp)
 
 
 def test_a_gpu_repeats_a_run_in_other_processes(street, tmp_path, repeatable):

@@ -16,7 +16,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CPU, ROOT, TINY, forked, free_port, ranks, same_run, same_state, trained
+from helpers import (
+    CPU,
+    ROOT,
+    TINY,
+    forked,
+    free_port,
+    ranks,
+    run_whole_and_in_parts,
+    same_run,
+    same_state,
+    stop_at,
+    trained,
+)
 from PIL import Image
 
 import checkpoint
@@ -102,25 +114,10 @@ def test_stopped_and_resumed_is_the_uninterrupted_run(street, tmp_path, monkeypa
     """Stopped by a signal within an epoch (twice), resumed by the same command; the released preset
     has dropout.
     """
-    assert trained(tmp_path / "whole", street, *flags) == 0
-    step, stops = train.train_step, [1, 3]
-
-    def stopping(run, *rest):
-        if run.step in stops:
-            stops.remove(run.step)
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(run, *rest)
-
-    monkeypatch.setattr(train, "train_step", stopping)
-    assert [trained(tmp_path / "parts", street, *flags) for _ in range(3)] == [143, 143, 0]
+    run_whole_and_in_parts(tmp_path, street, monkeypatch, *flags)
     told = capsys.readouterr().err
-    assert (
-        "SIGTERM at step 2, saved" in told and "SIGTERM at step 4, saved" in told
-    )  # the step is finished, no other begun
-    assert same_state(tmp_path / "whole" / "last.pt", tmp_path / "parts" / "last.pt")
-    assert (tmp_path / "whole" / "log.jsonl").read_text() == (
-        tmp_path / "parts" / "log.jsonl"
-    ).read_text()
+    for step in (2, 4):  # the step is finished, no other begun
+        assert f"SIGTERM at step {step}, saved" in told
 
 
 def test_two_ranks_go_on_where_one_was(street, tmp_path, capsys, monkeypatch, stub):
@@ -826,15 +823,8 @@ def test_init_keeps_what_fits_and_names_the_rest(street, tmp_path, capsys, stub)
 def test_a_requeued_resume_into_another_folder_goes_on_there(street, tmp_path, monkeypatch, stub):
     """`--resume FILE --out NEW`, stopped three times: FILE is taken once."""
     assert trained(tmp_path / "whole", street, "--epochs", 4) == 0
-    step, stops = train.train_step, [4]
-
-    def stopping(run, *rest):
-        if run.step in stops:
-            stops.remove(run.step)
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(run, *rest)
-
-    monkeypatch.setattr(train, "train_step", stopping)
+    stops = [4]
+    stop_at(stops, monkeypatch)
     assert trained(tmp_path / "first", street, "--epochs", 4) == 143
     stops += [6, 8, 10]
     flags = ("--epochs", 4, "--resume", tmp_path / "first" / "last.pt")
