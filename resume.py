@@ -108,7 +108,7 @@ def load_state(run: Run, state: dict[str, Any]) -> None:
         if type(line["step"]) is not int:
             raise TypeError("a line of the log")
     if run.rank == 0:
-        run.sums += state["sums"].to(run.device)
+        run.sums += state["sums"]
 
 
 # ---- a start from another network

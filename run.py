@@ -48,11 +48,11 @@ class Run:
     world: int
     device: torch.device
     loss_weights: Tensor  # of eq. 5, on the device
-    sums: Tensor  # of the losses in this epoch, this rank's share
+    sums: Tensor  # of the losses in this epoch, this rank's share, on the CPU
     class_weights: Tensor | None = None  # on the CPU, where labelled pixels are counted
     ema: dnl.Network | None = None
     step: int = 0
-    unchecked: list[tuple[int, Tensor]] = field(default_factory=list)  # steps and their losses
+    unadded: list[tuple[int, Tensor]] = field(default_factory=list)  # steps and their losses
     history: list[dict[str, Any]] = field(default_factory=list)  # a line per epoch
     settings_log: list[dict[str, Any]] = field(default_factory=list)  # each with its first step
     best: float | None = None  # the mIoU of best.pt
@@ -119,7 +119,7 @@ def start_run(args: argparse.Namespace, rank: int, world: int, device: torch.dev
         world=world,
         device=device,
         loss_weights=torch.tensor(weights, device=device),
-        sums=torch.zeros(len(weights), dtype=torch.float64, device=device),
+        sums=torch.zeros(len(weights), dtype=torch.float64),
         class_weights=read_class_weights(args.class_weights, data.classes),
     )
 
@@ -294,7 +294,7 @@ def save(run: Run) -> None:
     Then run.unsaved is set on every rank. InputError if losses or weights are not finite: they
     would replace good ones.
     """
-    check_finite(run)
+    add_losses(run)
     failure = None
     weights = run.net.state_dict()
     if not all(weights[name].isfinite().all() for name in weight_names(run.net)):
@@ -333,13 +333,17 @@ def write_log(run: Run) -> None:
     write(run.args.out / "log.jsonl", lambda f: f.write(text.encode()))
 
 
-def check_finite(run: Run) -> None:
-    """InputError on all ranks if a loss since the last check is not finite. Waits for the GPU."""
+def add_losses(run: Run) -> None:
+    """Add the losses since the last call to run.sums: here the GPU is waited for.
+
+    InputError on all ranks if one is not finite.
+    """
     failure = None
-    for step, share in run.unchecked:
+    for step, share in run.unadded:
+        run.sums += share.cpu()
         if failure is None and not share.isfinite().all():
             failure = not_finite(run, step, "loss is")
-    run.unchecked = []
+    run.unadded = []
     sum_over_ranks([], failure)
 
 

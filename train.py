@@ -35,7 +35,7 @@ from ranks import (
     sum_over_ranks,
 )
 from resume import restore
-from run import Run, check_finite, check_ranks_agree, locked_folder, save, start_run, wrap_network
+from run import Run, add_losses, check_ranks_agree, locked_folder, save, start_run, wrap_network
 from runtime import (
     AMP,
     InputError,
@@ -147,7 +147,7 @@ def next_batch(run: Run, batches: Iterator[Batch]) -> tuple[Batch, float]:
     try:
         with run.caught.interruptible():
             batch = next(batches)
-        labelled = count_labelled(run, batch[1]).item()
+        labelled = pixel_counts(run, batch[1]).sum(dtype=torch.float64).item()
     except Interrupted:  # every rank stops below
         pass
     except InputError as e:
@@ -183,7 +183,7 @@ def train_step(run: Run, batch: Batch, labelled: float) -> Tensor:
     factor = recipe.rate(run.step, run.total, args.power, args.warmup)
     for group in run.optimizer.param_groups:
         group["lr"] = args.lr * group["factor"] * factor
-    share = torch.zeros_like(run.sums)
+    share = torch.zeros_like(run.loss_weights)
     images, labels, colours = batch
     parts = zip(
         images.to(run.device, non_blocking=True).chunk(args.accumulate),
@@ -204,8 +204,7 @@ def train_step(run: Run, batch: Batch, labelled: float) -> Tensor:
     run.optimizer.zero_grad()
     if run.ema is not None:
         update_ema(run.ema, run.net, args.ema)
-    run.unchecked.append((run.step, share))
-    run.sums += share
+    run.unadded.append((run.step, share))
     return share
 
 
@@ -231,7 +230,7 @@ def part_losses(run: Run, x: Tensor, y: Tensor, labelled: float) -> Tensor:
         with torch.no_grad():  # hard by probability, whatever the class weighs
             plain = recipe.pixel_losses(outputs[0], y)
     hard = recipe.ohem_mask(plain)
-    kept = count_labelled(run, y, hard).float()
+    kept = (pixel_counts(run, y) * hard).sum().float()
     if run.world > 1:
         dist.all_reduce(kept)
     # The hard pixels of later parts are not known yet, so each part has an equal share.
@@ -239,15 +238,12 @@ def part_losses(run: Run, x: Tensor, y: Tensor, labelled: float) -> Tensor:
     return torch.cat([head[None], recipe.losses(outputs[1:], y, labelled, weight)])
 
 
-def count_labelled(run: Run, labels: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The labelled pixels, each counted with its class's weight; with a mask, those in it."""
-    counts = labels != IGNORE
-    if run.class_weights is not None:  # a table of 256, in which IGNORE weighs 0
-        table = F.pad(run.class_weights, (0, 256 - len(run.class_weights)))
-        counts = table.to(labels.device, non_blocking=True)[labels.long()]
-    if mask is not None:
-        counts = counts * mask
-    return counts.sum(dtype=torch.float64)
+def pixel_counts(run: Run, labels: Tensor) -> Tensor:
+    """What each pixel counts, in the shape of labels: its class's weight, or 1; unlabelled 0."""
+    if run.class_weights is None:
+        return labels != IGNORE
+    table = F.pad(run.class_weights, (0, 256 - len(run.class_weights)))  # IGNORE weighs 0
+    return table.to(labels.device, non_blocking=True)[labels.long()]
 
 
 @torch.no_grad()
@@ -261,8 +257,8 @@ def update_ema(ema: nn.Module, net: nn.Module, decay: float) -> None:
 
 
 def log_step(run: Run, board: Board, share: Tensor, clock: Clock) -> None:
-    """Check the losses since the last check, print the step's line, draw its values."""
-    check_finite(run)
+    """Add the losses since the last time, print the step's line, draw its values."""
+    add_losses(run)
     loss = sum_over_ranks(share.tolist())[0]
     speed = clock.steps_per_second(run.step) * run.args.batch
     if run.rank == 0:
@@ -281,6 +277,7 @@ def end_epoch(run: Run, board: Board, saved: bool = False) -> None:
     Validating may take long, so the run is saved before as well: after a kill only validation is
     repeated. saved: the checkpoint that the run goes on from is that save.
     """
+    add_losses(run)
     epoch = run.step // run.per_epoch
     means = [total / run.per_epoch for total in sum_over_ranks(run.sums.tolist())]
     names = ("loss", "loss_res2", "loss_res3", "loss_p")

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, TINY, batches, free_port, gap, ranks, run_python, same_run, trained
+from helpers import CPU, ROOT, TINY, batches, free_port, gap, ranks, run_python, same_run, trained
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import check
 import data
@@ -144,7 +145,7 @@ def gradients(rank, world, port, dtype, accumulate, out):
     labels[0], labels[1, 5:], labels[3, :, 3:] = 255, 255, 255
     own = slice(rank * 4 // world, (rank + 1) * 4 // world)
     batch = [images[own], labels[own], torch.tensor([[1.1, 0.9, 1.2, 0.02]]).repeat(4, 1)[own]]
-    labelled = sum_over_ranks([train.count_labelled(run, batch[1])])[0]
+    labelled = sum_over_ranks([train.pixel_counts(run, batch[1]).sum()])[0]
     share = train.train_step(run, batch, labelled)
     if rank == 0:
         torch.save([kept, share], out)
@@ -295,11 +296,30 @@ def test_two_steps_are_eq_5_by_plain_sgd(street, tmp_path, monkeypatch, stub, fl
                     * (0.5 if "--backbone-lr" in flags and name.startswith("backbone.") else 1)
                     * momenta[name]
                 )
-        share = train.train_step(run, batch, train.count_labelled(run, y).item())
+        share = train.train_step(run, batch, train.pixel_counts(run, y).sum().item())
         run.step += 1
         assert torch.equal(run.net.backbone.bn.running_mean, torch.zeros(8)) == args.freeze_bn
         assert gap([share], [torch.stack(parts).detach()]) < 1e-6
         assert gap(run.net.state_dict().values(), net.state_dict().values()) < 1e-6
+
+
+class NoDouble(TorchDispatchMode):
+    """Apple's GPUs know no float64."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        assert getattr(out, "dtype", None) != torch.float64, func
+        return out
+
+
+def test_the_device_computes_nothing_in_float64(street, stub):
+    flags = [*TINY, "--root", street, "--ohem", "--ema", "0.9", "--clip", "1", "--accumulate", 2]
+    flags += ["--coarse-weight", 1]
+    run = start_run(recipe.parse_training([*map(str, flags)], 1), 0, 1, CPU)
+    batch = next(iter(batches(run.data, batch=4, stop=1, crop=48, seed=1)))
+    with NoDouble():
+        train.train_step(run, batch, 4 * 48 * 48.0)
+        evaluate.evaluate(run.net, run.val, device=CPU, scales=(1.0, 0.5), flip=True)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -329,7 +349,7 @@ def test_ohem_is_the_mean_over_the_hard_pixels_of_all_ranks(
     with torch.no_grad():
         logits = deepcopy(run.net).eval()(data.normalize(data.color_jitter(x, factors)))
         monkeypatch.setattr(run, "model", lambda x, full_size: [logits] * 3)
-        ours = train.part_losses(run, x, y, train.count_labelled(run, y).item())[0]
+        ours = train.part_losses(run, x, y, train.pixel_counts(run, y).sum().item())[0]
     plain = F.cross_entropy(logits, y.long(), ignore_index=IGNORE, reduction="none")
     weight = (
         torch.tensor([0.5, 1.0, 2.0])[y.long().clamp(max=2)] if weighted else torch.ones(y.shape)
