@@ -54,7 +54,7 @@ def pairs(label: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
     """
     same = label == label[queries, None]
     other = ~same & (label != IGNORE)
-    same[torch.arange(len(queries), device=queries.device), queries] = False
+    same[torch.arange(len(queries)), queries] = False
     return same, other
 
 
@@ -67,7 +67,7 @@ def pair_sums(p_class: Tensor, label: Tensor, queries: Tensor, n: int) -> Tensor
     known = (same | other).double()
     known_label = label.masked_fill(label == IGNORE, 0)
     onehot = F.one_hot(known_label, n).double()  # (N, n)
-    sums = torch.zeros(2, n, n, dtype=torch.float64, device=label.device)
+    sums = torch.zeros(2, n, n, dtype=torch.float64)
     for part, values in zip(sums, (p_class.double() * known, known)):
         part.index_add_(0, label[queries], values @ onehot)
     return sums

@@ -79,7 +79,7 @@ def labels_at(label: Tensor, size: tuple[int, int]) -> Tensor:
     picked = []
     for length, count in zip(label.shape, size):
         places = torch.linspace(0, length - 1, count, dtype=torch.float64)
-        picked.append(places.round().long().to(label.device))
+        picked.append(places.round().long())
     return label[picked[0]][:, picked[1]].flatten()
 
 
@@ -108,30 +108,31 @@ def image_values(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """MEASURES of sampled queries of an image, the queries' classes, and `gate.pair_sums`.
 
-    image (3, H, W) 0..255, label (H, W), on the network's device -> (len(MEASURES), R) float64,
-    (R,) int64, (2, n, n) float64. base: of `base_factor`. Without GR the gate's measures are NaN,
-    its sums 0. InputError if the network's features are not finite.
+    image (3, H, W) 0..255 on the network's device, label (H, W) -> (len(MEASURES), R) float64,
+    (R,) int64, (2, n, n) float64. All but the network and its maps is on the CPU. base: of
+    `base_factor`. Without GR the gate's measures are NaN, its sums 0. InputError if the network's
+    features are not finite.
     """
     block = cast(dnl.DenoisedNonLocal, net.context)  # require_attention has checked this
     q, k, p, size = attention_inputs(net, image, base_factor(label.shape, base))
     label = labels_at(label, size).long()  # (N,)
-    drawn = sample_queries(label.cpu().numpy(), count, rng)
-    queries = torch.from_numpy(drawn).to(label.device)
+    queries = torch.from_numpy(sample_queries(label.numpy(), count, rng))
     classes = label[queries]
     n = net.config.num_classes
-    sums = torch.zeros(2, n, n, dtype=torch.float64, device=label.device)
+    sums = torch.zeros(2, n, n, dtype=torch.float64)
     gate = sums.new_full((len(GATE), len(queries)), torch.nan)
     if not len(queries):  # no labelled pixel lies on F's grid
         return gate.new_zeros(len(MEASURES), 0), classes, sums
     for x in (q, k, p):
         if x is not None and not x.isfinite().all():
             raise InputError(NOT_FINITE)
-    maps = dnl.denoised_maps(q, k, p, size, block.kernel, queries)  # (1, R, N)
+    at = queries.to(q.device)
+    maps = dnl.denoised_maps(q, k, p, size, block.kernel, at)  # (1, R, N)
     values = []
     for noise in (inter_class, intra_class):
-        values += [noise(rows[0], label, classes) for rows in maps]
+        values += [noise(rows[0].cpu(), label, classes) for rows in maps]
     if p is not None:
-        p_class = dnl.class_affinity(p, queries)[0]
+        p_class = dnl.class_affinity(p, at)[0].cpu()
         gate = gate_values(p_class, label, queries)
         sums = pair_sums(p_class, label, queries, n)
     return torch.cat([torch.stack(values), gate]), classes, sums
@@ -147,7 +148,7 @@ def measure(
     workers: int = 0,
     base: int = 0,
 ) -> Measured:
-    """All measures of a network on a data set. The result is on the CPU.
+    """All measures of a network on a data set.
 
     The queries of image i depend on (seed, i) only. InputError for a split without ground truth.
     """
@@ -156,20 +157,19 @@ def measure(
             f"split {dataset.split!r} of {dataset.name} has no ground truth: take a labelled one"
         )
     n, images = len(dataset.classes), len(dataset)
-    sums = torch.zeros(len(MEASURES), n, dtype=torch.float64, device=device)
+    sums = torch.zeros(len(MEASURES), n, dtype=torch.float64)
     counts = torch.zeros_like(sums)
-    pairs = torch.zeros(2, n, n, dtype=torch.float64, device=device)
+    pairs = torch.zeros(2, n, n, dtype=torch.float64)
     for index, image, label in eval_images(dataset, 0, 1, workers):
         print_progress(f"{index + 1}/{images} images", last=index + 1 == images)
-        label = cast(Tensor, label).to(device)  # the split is labelled
-        image = image.to(device)
+        label = cast(Tensor, label)  # the split is labelled
         rng = np.random.default_rng((seed, index))
-        values, classes, image_pairs = image_values(net, image, label, queries, rng, base)
+        values, classes, seen = image_values(net, image.to(device), label, queries, rng, base)
         sums.index_add_(1, classes, values.nan_to_num(0))
         counts.index_add_(1, classes, (~values.isnan()).double())
-        pairs += image_pairs
+        pairs += seen
     gate = pairs[0] / pairs[1]
-    return Measured((sums / counts).cpu(), counts.long().cpu(), gate.cpu())
+    return Measured(sums / counts, counts.long(), gate)
 
 
 def noise_table(measured: Measured, classes: Sequence[str]) -> str:
