@@ -530,9 +530,7 @@ class Network(nn.Module):
                 outputs.append(p)
         if full_size:
             outputs = [resize(o, image.shape[2:]) for o in outputs]
-        if self.training:
-            return tuple(outputs)
-        return outputs[0]
+        return tuple(outputs) if self.training else outputs[0]
 
 
 def build(config: Config, context: Callable[[int, int], nn.Module] | None = None) -> Network:
@@ -590,7 +588,7 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str) -> 
 
 def load_backbone(backbone: ResNet, name: str, weights: str) -> None:
     """Fill the backbone `name`. weights: "imagenet" (torchvision's, downloaded, hash checked) or a
-    file for `read_weights`. ValueError, with the keys or their ResNet, if they do not fit."""
+    file for `read_weights`. ValueError if they do not fit, with the keys, or are not finite."""
     if weights == "imagenet":
         if not isinstance(backbone.conv1, nn.Conv2d):
             raise ValueError("imagenet weights have the plain stem: give a file like resnet101s's")
@@ -602,6 +600,8 @@ def load_backbone(backbone: ResNet, name: str, weights: str) -> None:
     found = _which_resnet(state)
     if found not in (name, None):
         raise ValueError(f"this is a {found}, expected a {name}")
+    if not all(v.isfinite().all() for v in state.values()):
+        raise ValueError("its weights are not all finite: give another file")
     load_strict(backbone, state, "the file")
 
 

@@ -691,6 +691,11 @@ def test_what_holds_no_such_weights_is_a_line(tmp_path):
     torch.save({"state_dict": 5}, path)
     with pytest.raises(ValueError, match="not a file of weights"):
         dnl.load_backbone(ResNet("resnet18"), "resnet18", str(path))
+    state = imagenet_like("resnet18")
+    state["layer1.0.conv1.weight"][0, 0, 0, 0] = torch.nan
+    torch.save(state, path)
+    with pytest.raises(ValueError, match="not all finite"):
+        dnl.load_backbone(ResNet("resnet18"), "resnet18", str(path))
 
 
 def test_a_mismatch_lists_the_keys_and_loads_nothing():
