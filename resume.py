@@ -73,7 +73,7 @@ def find_checkpoint(run: Run) -> tuple[Path, dict[str, Any]] | None:
     if resume == "auto":
         return read_last(out)
     found = None
-    if Path(resume).resolve().parent != out.resolve():
+    if not resumes_own_file(run):
         found = read_last(out)
     if found is None:
         return Path(resume), read_checkpoint(resume, RUN_FIELDS)
@@ -83,6 +83,12 @@ def find_checkpoint(run: Run) -> tuple[Path, dict[str, Any]] | None:
             "choose another"
         )
     return found
+
+
+def resumes_own_file(run: Run) -> bool:
+    """Whether --resume names a file of the run's own folder."""
+    out, resume = run.args.out, run.args.resume
+    return resume != "auto" and Path(resume).resolve().parent == out.resolve()
 
 
 def changed_settings(was: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

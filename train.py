@@ -34,7 +34,7 @@ from ranks import (
     read_ranks,
     sum_over_ranks,
 )
-from resume import restore
+from resume import restore, resumes_own_file
 from run import Run, add_losses, check_ranks_agree, locked_folder, save, start_run, wrap_network
 from runtime import (
     AMP,
@@ -356,9 +356,12 @@ def finish(run: Run) -> int:
 
 def stopped(run: Run, number: int) -> int:
     """Say that a signal stopped the run. Returns the exit status, 128 + its number."""
-    saved = "saved: the same command goes on"
+    command = "the same command"
+    if resumes_own_file(run):  # each time from that file
+        command += " without --resume"
+    saved = f"saved: {command} goes on"
     if run.unsaved:
-        saved = "not saved: the same command goes on from the last checkpoint"
+        saved = f"not saved: {command} goes on from the last checkpoint"
     name = signal.Signals(number).name
     print_line(f"rank {run.rank}: stopped by {name} at step {run.step}, {saved}", error=True)
     return 128 + number

@@ -834,6 +834,20 @@ def test_a_requeued_resume_into_another_folder_goes_on_there(street, tmp_path, m
     assert status == [143, 143, 143, 0] and same_run(tmp_path / "whole", tmp_path / "r")
 
 
+def test_stopped_after_a_resume_from_an_own_file_tells_to_leave_it_out(
+    street, tmp_path, monkeypatch, capsys, stub
+):
+    stops = [4]
+    stop_at(stops, monkeypatch)
+    assert trained(tmp_path / "r", street) == 143
+    assert "the same command goes on" in capsys.readouterr().err
+    stops += [5]
+    assert trained(tmp_path / "r", street, "--resume", tmp_path / "r" / "last.prev.pt") == 143
+    assert "step 6, saved: the same command without --resume goes on" in capsys.readouterr().err
+    assert trained(tmp_path / "r", street) == 0
+    assert "last.pt at step 6" in capsys.readouterr().out
+
+
 def test_a_refused_start_leaves_no_folder_behind(street, run_folder, tmp_path, stub):
     with pytest.raises(InputError, match="its settings differ"):
         trained(tmp_path / "r", street, "--seed", 3, "--resume", run_folder / "last.pt")
