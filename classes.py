@@ -166,6 +166,11 @@ def _parse_class(line: str, place: str) -> tuple[str, Color | None]:
         )
     if re.search(r"\br(ed)?\W+g(reen)?\W+b(lue)?\b", line, re.I):
         raise InputError(f"{place}: got the head of a table, {line[:60]!r}: remove it; {expected}")
+    if re.match(r"[0-9]+\s*[:=.)]\s|[\w ]+:$|- |[{\[\"]", line):
+        raise InputError(
+            f"{place}: got {line[:60]!r}, as in YAML, JSON or a numbered list; {expected}, in the "
+            "order of the numbers"
+        )
     words = line.rsplit(None, 3)
     name = "".join(words[:-3])
     numbers = [word for word in re.split(SEPARATORS, line) if re.fullmatch(NUMBER, word)]
