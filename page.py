@@ -119,7 +119,7 @@ def encode_matrix(x: Tensor) -> dict[str, Any]:
 
     Logits of trained networks reach 1e4. With 16-bit floats the maps would be off by a tenth.
     """
-    values = x.double().cpu().numpy()
+    values = x.cpu().double().numpy()
     low = values.min(1)
     step = (values.max(1) - low) / (2**24 - 1)
     step[step == 0] = 1  # an even row
