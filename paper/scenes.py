@@ -20,8 +20,8 @@ from PIL import Image
 import synthetic
 from runtime import InputError, Parser, print_progress, quote, run_script
 
-SIDE = 160
-SIGN = 28  # its side
+SIDE = 112
+SIGN = 20  # its side
 SIGNS = (2, 3, 4, 5, 6, 7)  # wall, fence, flag, board, ball, ring of `synthetic`
 CLASSES = ("ground", *(synthetic.CLASSES[i] for i in SIGNS))
 STREAMS = {"train": 0, "val": 1}  # the first number of a scene's seed
@@ -29,7 +29,7 @@ Place = tuple[slice, slice]  # rows, columns
 
 
 def scene(split: str, index: int) -> tuple[ndarray, ndarray]:
-    """Image (160, 160, 3) and label (160, 160) of 7 classes, uint8: three objects of two plates.
+    """Image (112, 112, 3) and label (112, 112) of 7 classes, uint8: three objects of two plates.
 
     Objects differ in class and in colour; all colours come from one distribution. Plates lie over
     one another, but not over a sign. A plate without a sign is left out if 50 draws find no place.
@@ -58,7 +58,7 @@ def scene(split: str, index: int) -> tuple[ndarray, ndarray]:
 
 def find_place(free: ndarray, rng: np.random.Generator) -> Place | None:
     """A random place of a plate in the scene without a taken pixel; None after 50 draws."""
-    h, w = rng.integers(36, 61, 2)
+    h, w = rng.integers(26, 43, 2)
     for y, x in rng.integers(0, (SIDE - h, SIDE - w), (50, 2)):
         place = np.s_[y : y + h, x : x + w]
         if free[place].all():

@@ -29,7 +29,7 @@ def test_three_objects_each_with_a_sign(monkeypatch):
     for index in range(30):
         drawn.clear()
         image, label = scenes.scene("val", index)
-        assert image.shape == (160, 160, 3) and label.shape == (160, 160)
+        assert image.shape == (112, 112, 3) and label.shape == (112, 112)
         assert image.dtype == label.dtype == np.uint8
         kinds = [scenes.SIGNS[c - 1] for c in np.unique(label) if c]
         assert sorted(kinds) == sorted(drawn[1:]) and len(kinds) == 3  # the ground comes first
