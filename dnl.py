@@ -600,9 +600,9 @@ def load_backbone(backbone: ResNet, name: str, weights: str) -> None:
     found = _which_resnet(state)
     if found not in (name, None):
         raise ValueError(f"this is a {found}, expected a {name}")
-    if not all(v.isfinite().all() for v in state.values()):
-        raise ValueError("its weights are not all finite: give another file")
     load_strict(backbone, state, "the file")
+    if not all(v.isfinite().all() for v in backbone.state_dict().values()):
+        raise ValueError("its weights are not all finite: give another file")
 
 
 def _which_resnet(state: Mapping[str, Tensor]) -> str | None:

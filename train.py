@@ -94,7 +94,7 @@ def train(run: Run) -> None:
     board = Board(args.out, run.step, asked=args.tensorboard and run.rank == 0)
     with stop_signals() as run.caught, closing(board), closing(open_batches(run)) as batches:
         if run.step == (len(run.history) + 1) * run.per_epoch:  # it was stopped while validating
-            end_epoch(run, board, saved=True)
+            end_epoch(run, board, saved=not resumes_own_file(run))
         clock = Clock(run.step)
         while run.step < run.total:
             batch, labelled = next_batch(run, batches)
@@ -356,12 +356,11 @@ def finish(run: Run) -> int:
 
 def stopped(run: Run, number: int) -> int:
     """Say that a signal stopped the run. Returns the exit status, 128 + its number."""
-    command = "the same command"
-    if resumes_own_file(run):  # each time from that file
-        command += " without --resume"
-    saved = f"saved: {command} goes on"
+    saved = "saved: the same command goes on"
     if run.unsaved:
-        saved = f"not saved: {command} goes on from the last checkpoint"
+        saved = "not saved: the same command goes on from the last checkpoint"
+    elif resumes_own_file(run):  # it would begin there again
+        saved = "saved: the same command without --resume goes on"
     name = signal.Signals(number).name
     print_line(f"rank {run.rank}: stopped by {name} at step {run.step}, {saved}", error=True)
     return 128 + number

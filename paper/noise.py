@@ -127,10 +127,10 @@ def image_values(
         if x is not None and not x.isfinite().all():
             raise InputError(NOT_FINITE)
     at = queries.to(q.device)
-    maps = dnl.denoised_maps(q, k, p, size, block.kernel, at)  # (1, R, N)
+    maps = [rows[0].cpu() for rows in dnl.denoised_maps(q, k, p, size, block.kernel, at)]  # (R, N)
     values = []
     for noise in (inter_class, intra_class):
-        values += [noise(rows[0].cpu(), label, classes) for rows in maps]
+        values += [noise(rows, label, classes) for rows in maps]
     if p is not None:
         p_class = dnl.class_affinity(p, at)[0].cpu()
         gate = gate_values(p_class, label, queries)

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from helpers import CPU, ROOT, TINY, batches, free_port, gap, ranks, run_python, same_run, trained
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import check
 import data
@@ -303,18 +304,27 @@ def test_two_steps_are_eq_5_by_plain_sgd(street, tmp_path, monkeypatch, stub, fl
         assert gap(run.net.state_dict().values(), net.state_dict().values()) < 1e-6
 
 
+def weights_file(folder):
+    """What --class-weights takes, of the three classes of `street`."""
+    weights = {"train": {"weights": [0.5, 1.0, 2.0]}}
+    text = json.dumps({"classes": ["red", "green", "blue"], "splits": weights})
+    (folder / "w.json").write_text(text)
+    return folder / "w.json"
+
+
 class NoDouble(TorchDispatchMode):
     """Apple's GPUs know no float64."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        assert getattr(out, "dtype", None) != torch.float64, func
+        for value in tree_leaves((args, kwargs, out)):
+            assert getattr(value, "dtype", None) != torch.float64, func
         return out
 
 
-def test_the_device_computes_nothing_in_float64(street, stub):
+def test_the_device_computes_nothing_in_float64(street, tmp_path, stub):
     flags = [*TINY, "--root", street, "--ohem", "--ema", "0.9", "--clip", "1", "--accumulate", 2]
-    flags += ["--coarse-weight", 1]
+    flags += ["--coarse-weight", 1, "--class-weights", weights_file(tmp_path)]
     run = start_run(recipe.parse_training([*map(str, flags)], 1), 0, 1, CPU)
     batch = next(iter(batches(run.data, batch=4, stop=1, crop=48, seed=1)))
     with NoDouble():
@@ -330,20 +340,9 @@ def test_ohem_is_the_mean_over_the_hard_pixels_of_all_ranks(
     where weights are given.
     """
     monkeypatch.setattr(recipe, "ohem_mask", lambda pixels: pixels > 1)
-    (tmp_path / "w.json").write_text(
-        json.dumps(
-            {"classes": ["red", "green", "blue"], "splits": {"train": {"weights": [0.5, 1.0, 2.0]}}}
-        )
-    )
-    flags = [
-        *TINY,
-        "--root",
-        street,
-        "--ohem",
-        "--seed",
-        1,
-        *(["--class-weights", tmp_path / "w.json"] if weighted else []),
-    ]
+    flags = [*TINY, "--root", street, "--ohem", "--seed", 1]
+    if weighted:
+        flags += ["--class-weights", weights_file(tmp_path)]
     run = start_run(recipe.parse_training([*map(str, flags)], 1), 0, 1, torch.device("cpu"))
     x, y, factors = next(iter(batches(run.data, batch=4, stop=1, crop=48, seed=1)))
     with torch.no_grad():
