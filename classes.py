@@ -101,6 +101,8 @@ IGNORED = "(ignored)"  # in classes.txt: not a class, the colour of pixels witho
 # Numbers may be separated as other tools do it: `road:128,64,128::`.
 SEPARATORS = r"[\s,:;=|()\[\]{}\"']+"
 NUMBER = r"[-+]?[0-9]+(\.[0-9]*)?"
+# A name in quotes, after a bullet or a bracket that opens a list, or before a colon or comma.
+SYNTAX = r"^['\"]|^[-*\u2022] |[\[({]\s*['\"]|^[\[({]$|[:,]$"
 
 
 def read_classes(path: Path) -> Classes:
@@ -139,8 +141,26 @@ def read_classes(path: Path) -> Classes:
             f"{quote(path)}: {'one class' if given else 'no class in it'}, nothing to tell apart; "
             "expected a line `name [R G B]` for each class: add a line for the background"
         )
+    _refuse_numbers([*given], path)
     colors = tuple(color or default for color, default in zip(given.values(), palette(IGNORE)))
     return Classes(tuple(given), colors, numbers_of([*given.values()], ignored))
+
+
+def _refuse_numbers(names: Sequence[str], path: Path) -> None:
+    """InputError if numbers that count the classes stand before the names, as in `0: road`."""
+    numbered = {}
+    for name in names:
+        found = re.match(r"\W*([0-9]{1,3})\W", name)
+        if found:
+            numbered[name] = int(found[1])
+    count = len(numbered)
+    from_0 = count > 1 and [*numbered.values()] == [*range(count)]  # perhaps below a head
+    from_1 = [*numbered.values()] == [*range(1, len(names) + 1)]
+    if from_0 or from_1:
+        raise InputError(
+            f"{quote(path)}: got numbers before the names, such as {min(numbered)[:60]!r}; the "
+            "order of the lines gives them: leave them out, and any line above the first class"
+        )
 
 
 def numbers_of(
@@ -166,11 +186,6 @@ def _parse_class(line: str, place: str) -> tuple[str, Color | None]:
         )
     if re.search(r"\br(ed)?\W+g(reen)?\W+b(lue)?\b", line, re.I):
         raise InputError(f"{place}: got the head of a table, {line[:60]!r}: remove it; {expected}")
-    if re.match(r"[0-9]+\s*[:=.)]\s|[\w ]+:$|- |[{\[\"]", line):
-        raise InputError(
-            f"{place}: got {line[:60]!r}, as in YAML, JSON or a numbered list; {expected}, in the "
-            "order of the numbers"
-        )
     words = line.rsplit(None, 3)
     name = "".join(words[:-3])
     numbers = [word for word in re.split(SEPARATORS, line) if re.fullmatch(NUMBER, word)]
@@ -180,6 +195,11 @@ def _parse_class(line: str, place: str) -> tuple[str, Color | None]:
     elif numbers != words[-3:]:
         raise InputError(
             f"{place}: got {len(numbers)} numbers in {line[:60]!r}; {expected}, with spaces between"
+        )
+    if re.search(SYNTAX, name):
+        raise InputError(
+            f"{place}: got the name {name[:60]!r}, as in YAML, JSON or code; {expected}: leave "
+            "quotes, brackets and signs out"
         )
     if not name.isprintable() or not re.search(r"\w", name):
         raise InputError(

@@ -371,6 +371,26 @@ def parsed_classes(raw):
         return None
     if "(ignored)" in names and names["(ignored)"] is None:
         return None
+    firsts = []
+    for name in names:
+        dense = "".join(name.split())
+        if any(bracket + mark in dense for bracket in "[({" for mark in "'\""):
+            return None
+        if name[0] in "'\"" or name in ("[", "(", "{") or name[-1] in ":,":
+            return None
+        if name[:2] in ("- ", "* ", "\u2022 "):
+            return None
+        while not (name[0].isalnum() or name[0] == "_"):
+            name = name[1:]
+        digits = name[: len(name) - len(name.lstrip("0123456789"))]
+        rest = name[len(digits) :]
+        if 1 <= len(digits) <= 3 and rest and not (rest[0].isalnum() or rest[0] == "_"):
+            firsts.append(int(digits))
+    count = len(names.keys() - {"(ignored)"})
+    if (len(firsts) > 1 and firsts == list(range(len(firsts)))) or (
+        firsts == list(range(1, count + 1))
+    ):
+        return None
     return names if 1 < len(names.keys() - {"(ignored)"}) < 256 else None
 
 
@@ -413,6 +433,14 @@ CLASS_LINES = [
     "road (1, 2, 3)",
     "road 0.5 0.5 1.",
     "lane 2 of 3",
+    "0: a",
+    "1: b",
+    "2. c",
+    "names:",
+    "- d",
+    "'e'",
+    "[void]",
+    "f = ('g',",
 ]
 ENCODINGS = ("utf-8", "utf-8", "utf-8", "utf-8-sig", "utf-16", "utf-32", "cp1251", "utf-7")
 
