@@ -24,17 +24,18 @@ Report = dict[str, Any]
 Call = Callable[[], list[Tensor]]
 
 
-def torchvision_net(name: str, config: dnl.Config) -> nn.Module | None:
+def torchvision_net(name: str, config: dnl.Config, batch: int) -> nn.Module | None:
     """torchvision's network of the same backbone and classes, with random weights.
 
-    None without torchvision, and for a backbone that its networks do not have.
+    None without torchvision, for a backbone that its networks do not have, and for DeepLabV3 with a
+    batch of one, on which it does not train: it has a BatchNorm of one pixel an image.
     """
     try:
         models = import_module("torchvision.models.segmentation")
     except (ImportError, RuntimeError):  # a torchvision of another torch
         return None
     build = getattr(models, f"{name}_{config.backbone}", None)
-    if build is None:
+    if build is None or (name == "deeplabv3" and batch == 1):
         return None
     options = {"weights": None, "weights_backbone": None, "aux_loss": True}
     return TorchvisionNet(build(num_classes=config.num_classes, **options))
@@ -121,7 +122,7 @@ def network(
     calls, products, held, flops = {}, {}, {}, {}
     for name, (precision, last) in variants.items():
         torch.manual_seed(0)
-        net = torchvision_net(name, config) if name in TORCHVISION else dnl.build(config)
+        net = torchvision_net(name, config, batch) if name in TORCHVISION else dnl.build(config)
         if net is None:
             continue
         n = config.num_classes

@@ -157,14 +157,17 @@ class Rival(torch.nn.Conv2d):
 
 
 def test_torchvisions_networks_have_rows_where_it_is_installed(monkeypatch):
-    stand_in = SimpleNamespace(fcn_resnet18=Rival)  # and no deeplabv3 of this backbone
+    stand_in = SimpleNamespace(fcn_resnet18=Rival, deeplabv3_resnet18=Rival)
     monkeypatch.setitem(sys.modules, "torchvision.models.segmentation", stand_in)
     for name in ("torchvision", "torchvision.models"):
         monkeypatch.setitem(sys.modules, name, SimpleNamespace())
-    rows = network(TINY, (32, 32), 2, "off", 0, CPU)["rows"]
-    cases = [(r["what"], r["variant"]) for r in rows]
-    assert cases[-2:] == [("training", "fcn"), ("inference", "fcn")] and len(cases) == 6
-    assert rows[-1]["flops"] == 2 * 2 * 32 * 32 * 3 * 5
+    for batch, names in ((2, ("fcn", "deeplabv3")), (1, ("fcn",))):  # DeepLabV3 needs two images
+        rows = network(TINY, (32, 32), batch, "off", 0, CPU)["rows"]
+        cases = [(r["what"], r["variant"]) for r in rows[4:]]
+        assert cases == [(what, name) for name in names for what in ("training", "inference")]
+        assert rows[-1]["flops"] == 2 * batch * 32 * 32 * 3 * 5
+    stand_in.__dict__.clear()  # neither network has this backbone
+    assert len(network(TINY, (32, 32), 2, "off", 0, CPU)["rows"]) == 4
 
 
 def test_loader_routes_make_the_same_sample(tmp_path):
