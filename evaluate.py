@@ -38,6 +38,7 @@ from runtime import (
     Parser,
     counted,
     parse_flags,
+    print_line,
     print_progress,
     quote,
     run_script,
@@ -262,7 +263,11 @@ def evaluate(
         for index, is_finite in finite.items():  # after the loop, in which no GPU is waited for
             if not is_finite:
                 raise InputError(f"{quote(dataset.items[index].image)}: {NOT_FINITE}")
-    return all_ranks(matrix, world)
+    total = all_ranks(matrix, world)
+    if rank == 0 and (total.sum(1) > 0).sum() < 2:  # as 0/255 masks do
+        what = f"the labels of {dataset.split!r} hold fewer than two classes"
+        print_line(f"warning: {what}: look at them with check.py, the mIoU is no score", error=True)
+    return total
 
 
 def all_ranks(counts: Tensor, world: int) -> Tensor:

@@ -208,6 +208,20 @@ def test_split_without_ground_truth(run_folder, street, tmp_path):
         evaluate.main([str(run_folder / "last.pt"), "--root", str(root), "--split", "test"])
 
 
+def test_labels_of_one_class_are_a_warning(run_folder, street, tmp_path, capsys):
+    """As 0/255 masks are, beside training labels that are right: their mIoU may be 100 %."""
+    shutil.copytree(street, tmp_path / "s")
+    flags = [str(run_folder / "best.pt"), "--root", str(tmp_path / "s")]
+    assert evaluate.main(flags) == 0 and "warning" not in capsys.readouterr().err
+    for path in (tmp_path / "s" / "labels" / "val").iterdir():
+        with Image.open(path) as label:
+            mask = np.where(np.asarray(label) == 1, 255, 0).astype(np.uint8)
+        save(path, mask)
+    assert evaluate.main(flags) == 0
+    told = "the labels of 'val' hold fewer than two classes"
+    assert told in capsys.readouterr().err
+
+
 def test_an_image_that_breaks_while_scoring_is_one_line_on_every_rank(run_folder, street, tmp_path):
     root = tmp_path / "street"
     shutil.copytree(street, root)
