@@ -196,15 +196,7 @@ def _parse_class(line: str, place: str) -> tuple[str, Color | None]:
         raise InputError(
             f"{place}: got {len(numbers)} numbers in {line[:60]!r}; {expected}, with spaces between"
         )
-    if re.search(SYNTAX, name):
-        raise InputError(
-            f"{place}: got the name {name[:60]!r}, as in YAML, JSON or code; {expected}: leave "
-            "quotes, brackets and signs out"
-        )
-    if not name.isprintable() or not re.search(r"\w", name):
-        raise InputError(
-            f"{place}: got the name {name[:60]!r}, without a letter or not printable; {expected}"
-        )
+    _check_name(name, f"{place}: got the name {name[:60]!r}", expected)
     if not all(len(v) < 4 and v.isdecimal() and int(v) <= 255 for v in numbers):
         got = " ".join(numbers)[:60]
         raise InputError(f"{place}: got the colour {got}; expected R G B, each 0..255")
@@ -214,3 +206,12 @@ def _parse_class(line: str, place: str) -> tuple[str, Color | None]:
     if name == IGNORED:
         raise InputError(f"{place}: got no colour; expected `{IGNORED} R G B`")
     return name, None
+
+
+def _check_name(name: str, got: str, expected: str) -> None:
+    """InputError, of the words got and expected, for a name that is none."""
+    if re.search(SYNTAX, name):
+        what = f"as in YAML, JSON or code; {expected}: leave quotes, brackets and signs out"
+        raise InputError(f"{got}, {what}")
+    if not name.isprintable() or not re.search(r"\w", name):
+        raise InputError(f"{got}, without a letter or not printable; {expected}")

@@ -251,23 +251,27 @@ def evaluate(
     repeatable = torch.backends.cudnn.flags(enabled=True, deterministic=True)
     with fail_on_all_ranks(), repeatable:  # the same kernels on any rank and in training
         for index, image, label in eval_images(dataset, rank, world, workers):
-            label = cast(Tensor, label)  # the split is labelled
             size = image.shape[1:]
             image = image.to(device, non_blocking=True)
             p = predict(net, image, factor=base_factor(size, base), **options)
             ids, top = top_class(p, size)
             finite[index] = top.isfinite().all()
-            one = confusion(ids, label.to(device, non_blocking=True), n)
+            one = confusion(ids, cast(Tensor, label).to(device, non_blocking=True), n)
             matrix += one
             each(index, one)
         for index, is_finite in finite.items():  # after the loop, in which no GPU is waited for
             if not is_finite:
                 raise InputError(f"{quote(dataset.items[index].image)}: {NOT_FINITE}")
     total = all_ranks(matrix, world)
-    if rank == 0 and (total.sum(1) > 0).sum() < 2:  # as 0/255 masks do
-        what = f"the labels of {dataset.split!r} hold fewer than two classes"
-        print_line(f"warning: {what}: look at them with check.py, the mIoU is no score", error=True)
+    warn_of_labels(total, dataset.split, rank)
     return total
+
+
+def warn_of_labels(matrix: Tensor, split: str, rank: int) -> None:
+    """Warn, on rank 0, if the pixels are of fewer than two classes, as 0/255 masks have them."""
+    if rank == 0 and (matrix.sum(1) > 0).sum() < 2:
+        what = f"the labels of {split!r} hold fewer than two classes"
+        print_line(f"warning: {what}: look at them with check.py, the mIoU is no score", error=True)
 
 
 def all_ranks(counts: Tensor, world: int) -> Tensor:
