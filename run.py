@@ -52,7 +52,7 @@ class Run:
     class_weights: Tensor | None = None  # on the CPU, where labelled pixels are counted
     ema: dnl.Network | None = None
     step: int = 0
-    unadded: list[tuple[int, Tensor]] = field(default_factory=list)  # steps and their losses
+    unadded: list[tuple[int, Tensor]] = field(default_factory=list)  # steps, losses not in sums
     history: list[dict[str, Any]] = field(default_factory=list)  # a line per epoch
     settings_log: list[dict[str, Any]] = field(default_factory=list)  # each with its first step
     best: float | None = None  # the mIoU of best.pt
@@ -334,7 +334,7 @@ def write_log(run: Run) -> None:
 
 
 def add_losses(run: Run) -> None:
-    """Add the losses since the last call to run.sums: here the GPU is waited for.
+    """Add to run.sums the losses of the steps since the last call. The GPU is waited for here.
 
     InputError on all ranks if one is not finite.
     """

@@ -147,7 +147,7 @@ def next_batch(run: Run, batches: Iterator[Batch]) -> tuple[Batch, float]:
     try:
         with run.caught.interruptible():
             batch = next(batches)
-        labelled = pixel_counts(run, batch[1]).sum(dtype=torch.float64).item()
+        labelled = pixel_weights(run, batch[1]).sum(dtype=torch.float64).item()
     except Interrupted:  # every rank stops below
         pass
     except InputError as e:
@@ -230,7 +230,7 @@ def part_losses(run: Run, x: Tensor, y: Tensor, labelled: float) -> Tensor:
         with torch.no_grad():  # hard by probability, whatever the class weighs
             plain = recipe.pixel_losses(outputs[0], y)
     hard = recipe.ohem_mask(plain)
-    kept = (pixel_counts(run, y) * hard).sum().float()
+    kept = (pixel_weights(run, y) * hard).sum().float()
     if run.world > 1:
         dist.all_reduce(kept)
     # The hard pixels of later parts are not known yet, so each part has an equal share.
@@ -238,8 +238,8 @@ def part_losses(run: Run, x: Tensor, y: Tensor, labelled: float) -> Tensor:
     return torch.cat([head[None], recipe.losses(outputs[1:], y, labelled, weight)])
 
 
-def pixel_counts(run: Run, labels: Tensor) -> Tensor:
-    """What each pixel counts, in the shape of labels: its class's weight, or 1; unlabelled 0."""
+def pixel_weights(run: Run, labels: Tensor) -> Tensor:
+    """The weight of each pixel, in the shape of labels: its class's, or 1 (bool); unlabelled 0."""
     if run.class_weights is None:
         return labels != IGNORE
     table = F.pad(run.class_weights, (0, 256 - len(run.class_weights)))  # IGNORE weighs 0
@@ -357,9 +357,11 @@ def finish(run: Run) -> int:
 def stopped(run: Run, number: int) -> int:
     """Say that a signal stopped the run. Returns the exit status, 128 + its number."""
     saved = "saved: the same command goes on"
+    own = resumes_own_file(run)  # where the same command begins each time
     if run.unsaved:
-        saved = "not saved: the same command goes on from the last checkpoint"
-    elif resumes_own_file(run):  # it would begin there again
+        place = quote(run.args.resume) if own else "the last checkpoint"
+        saved = f"not saved: the same command goes on from {place}"
+    elif own:
         saved = "saved: the same command without --resume goes on"
     name = signal.Signals(number).name
     print_line(f"rank {run.rank}: stopped by {name} at step {run.step}, {saved}", error=True)

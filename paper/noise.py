@@ -109,9 +109,8 @@ def image_values(
     """MEASURES of sampled queries of an image, the queries' classes, and `gate.pair_sums`.
 
     image (3, H, W) 0..255 on the network's device, label (H, W) -> (len(MEASURES), R) float64,
-    (R,) int64, (2, n, n) float64. All but the network and its maps is on the CPU. base: of
-    `base_factor`. Without GR the gate's measures are NaN, its sums 0. InputError if the network's
-    features are not finite.
+    (R,) int64, (2, n, n) float64, on the CPU. base: of `base_factor`. Without GR the gate's
+    measures are NaN, its sums 0. InputError if the network's features are not finite.
     """
     block = cast(dnl.DenoisedNonLocal, net.context)  # require_attention has checked this
     q, k, p, size = attention_inputs(net, image, base_factor(label.shape, base))

@@ -287,7 +287,7 @@ def test_killed_twenty_times_is_the_uninterrupted_run(street, tmp_path):
             assert ended == 0, said.read_text()
             ends += 1
             shutil.move(tmp_path / "killed", tmp_path / f"ended{ends}")
-        # A busy machine needs more seconds to the same moment: half of them after the first step.
+        # Half of the kills come after the first step, however fast the machine is.
         patience *= 0.7 if seen else 1.4
     assert training > 3, "most moments were before the training"
     whole(forked(train.main, *flags, tmp_path / "killed"))
@@ -852,7 +852,7 @@ def test_stopped_after_a_resume_from_an_own_file_tells_to_leave_it_out(
 
 
 def test_an_own_file_from_before_validation_is_saved_again(street, tmp_path, monkeypatch, stub):
-    """Else a stop there would tell that it is saved, and last.pt be the run that was left."""
+    """--resume of an own file whose epoch was not validated: last.pt becomes that step first."""
     evaluation = evaluate.evaluate
 
     def interrupted(*args, **kwargs):

@@ -146,7 +146,7 @@ def gradients(rank, world, port, dtype, accumulate, out):
     labels[0], labels[1, 5:], labels[3, :, 3:] = 255, 255, 255
     own = slice(rank * 4 // world, (rank + 1) * 4 // world)
     batch = [images[own], labels[own], torch.tensor([[1.1, 0.9, 1.2, 0.02]]).repeat(4, 1)[own]]
-    labelled = sum_over_ranks([train.pixel_counts(run, batch[1]).sum()])[0]
+    labelled = sum_over_ranks([train.pixel_weights(run, batch[1]).sum()])[0]
     share = train.train_step(run, batch, labelled)
     if rank == 0:
         torch.save([kept, share], out)
@@ -297,7 +297,7 @@ def test_two_steps_are_eq_5_by_plain_sgd(street, tmp_path, monkeypatch, stub, fl
                     * (0.5 if "--backbone-lr" in flags and name.startswith("backbone.") else 1)
                     * momenta[name]
                 )
-        share = train.train_step(run, batch, train.pixel_counts(run, y).sum().item())
+        share = train.train_step(run, batch, train.pixel_weights(run, y).sum().item())
         run.step += 1
         assert torch.equal(run.net.backbone.bn.running_mean, torch.zeros(8)) == args.freeze_bn
         assert gap([share], [torch.stack(parts).detach()]) < 1e-6
@@ -313,7 +313,7 @@ def weights_file(folder):
 
 
 class NoDouble(TorchDispatchMode):
-    """Apple's GPUs know no float64."""
+    """Fails on any operation with a float64 tensor: Apple's GPUs have none."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -348,7 +348,7 @@ def test_ohem_is_the_mean_over_the_hard_pixels_of_all_ranks(
     with torch.no_grad():
         logits = deepcopy(run.net).eval()(data.normalize(data.color_jitter(x, factors)))
         monkeypatch.setattr(run, "model", lambda x, full_size: [logits] * 3)
-        ours = train.part_losses(run, x, y, train.pixel_counts(run, y).sum().item())[0]
+        ours = train.part_losses(run, x, y, train.pixel_weights(run, y).sum().item())[0]
     plain = F.cross_entropy(logits, y.long(), ignore_index=IGNORE, reduction="none")
     weight = (
         torch.tensor([0.5, 1.0, 2.0])[y.long().clamp(max=2)] if weighted else torch.ones(y.shape)
