@@ -719,6 +719,7 @@ def test_a_signal_ends_the_wait_for_a_lost_batch(street, tmp_path, stub):
     assert (tmp_path / "r" / "last.pt").exists()
 
 
+@pytest.mark.slow
 def test_a_lost_batch_is_a_line(street, tmp_path, monkeypatch, stub):
     monkeypatch.setattr(data, "BATCH_TIMEOUT", 2)
     process = train_with_stopped_reader(street, tmp_path / "r", tmp_path / "said")
