@@ -67,28 +67,27 @@ def tidy_folder(run: Run) -> None:
 def find_checkpoint(run: Run) -> tuple[Path, dict[str, Any]] | None:
     """The newest whole checkpoint of the run's folder; if there is none, the file of --resume.
 
-    A file in the folder itself is meant each time.
+    Of the folder's own files --resume can name last.pt alone: an older one would replace it.
     """
     out, resume = run.args.out, run.args.resume
+    path = Path(resume).resolve()
+    own = resume != "auto" and path.parent == out.resolve()
+    if own and path.name != "last.pt":
+        raise InputError(
+            f"--resume {quote(resume)}: is in --out, whose last.pt it would replace: give another "
+            "--out, or leave --resume out to go on from last.pt"
+        )
+    found = read_last(out)
     if resume == "auto":
-        return read_last(out)
-    found = None
-    if not resumes_own_file(run):
-        found = read_last(out)
+        return found
     if found is None:
         return Path(resume), read_checkpoint(resume, RUN_FIELDS)
-    if not changed_settings(found[1]["settings"], run.settings).keys() <= SCHEDULE:
+    if not own and not changed_settings(found[1]["settings"], run.settings).keys() <= SCHEDULE:
         raise InputError(
             f"--out {quote(out)}: holds a run of other settings, which this one would replace: "
             "choose another"
         )
     return found
-
-
-def resumes_own_file(run: Run) -> bool:
-    """Whether --resume names a file of the run's own folder."""
-    out, resume = run.args.out, run.args.resume
-    return resume != "auto" and Path(resume).resolve().parent == out.resolve()
 
 
 def changed_settings(was: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

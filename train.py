@@ -34,7 +34,7 @@ from ranks import (
     read_ranks,
     sum_over_ranks,
 )
-from resume import restore, resumes_own_file
+from resume import restore
 from run import Run, add_losses, check_ranks_agree, locked_folder, save, start_run, wrap_network
 from runtime import (
     AMP,
@@ -94,7 +94,7 @@ def train(run: Run) -> None:
     board = Board(args.out, run.step, asked=args.tensorboard and run.rank == 0)
     with stop_signals() as run.caught, closing(board), closing(open_batches(run)) as batches:
         if run.step == (len(run.history) + 1) * run.per_epoch:  # it was stopped while validating
-            end_epoch(run, board, saved=not resumes_own_file(run))
+            end_epoch(run, board, saved=True)
         clock = Clock(run.step)
         while run.step < run.total:
             batch, labelled = next_batch(run, batches)
@@ -357,12 +357,8 @@ def finish(run: Run) -> int:
 def stopped(run: Run, number: int) -> int:
     """Say that a signal stopped the run. Returns the exit status, 128 + its number."""
     saved = "saved: the same command goes on"
-    own = resumes_own_file(run)  # where the same command begins each time
     if run.unsaved:
-        place = quote(run.args.resume) if own else "the last checkpoint"
-        saved = f"not saved: the same command goes on from {place}"
-    elif own:
-        saved = "saved: the same command without --resume goes on"
+        saved = "not saved: the same command goes on from the last checkpoint"
     name = signal.Signals(number).name
     print_line(f"rank {run.rank}: stopped by {name} at step {run.step}, {saved}", error=True)
     return 128 + number

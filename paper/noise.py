@@ -163,10 +163,11 @@ def measure(
         print_progress(f"{index + 1}/{images} images", last=index + 1 == images)
         label = cast(Tensor, label)  # the split is labelled
         rng = np.random.default_rng((seed, index))
-        values, classes, seen = image_values(net, image.to(device), label, queries, rng, base)
+        image = image.to(device)
+        values, classes, image_pairs = image_values(net, image, label, queries, rng, base)
         sums.index_add_(1, classes, values.nan_to_num(0))
         counts.index_add_(1, classes, (~values.isnan()).double())
-        pairs += seen
+        pairs += image_pairs
     gate = pairs[0] / pairs[1]
     return Measured(sums / counts, counts.long(), gate)
 

@@ -343,6 +343,27 @@ def test_mutated_labels(tmp_path):
     settled("labels", counts)
 
 
+def is_list_of_a_tool(names):
+    """Whether a name is written as in YAML, JSON or code, or all are behind their own numbers."""
+    firsts = []
+    for name in names:
+        dense = "".join(name.split())
+        if any(bracket + mark in dense for bracket in "[({" for mark in "'\""):
+            return True
+        if name[0] in "'\"" or name in ("[", "(", "{") or name[-1] in ":,":
+            return True
+        if name[:2] in ("- ", "* ", "\u2022 "):
+            return True
+        while not (name[0].isalnum() or name[0] == "_"):
+            name = name[1:]
+        digits = name[: len(name) - len(name.lstrip("0123456789"))]
+        rest = name[len(digits) :]
+        if 1 <= len(digits) <= 3 and rest and not (rest[0].isalnum() or rest[0] == "_"):
+            firsts.append(int(digits))
+    from_0 = len(firsts) > 1 and firsts == list(range(len(firsts)))
+    return from_0 or firsts == list(range(1, len(names.keys() - {"(ignored)"}) + 1))
+
+
 def parsed_classes(raw):
     """classes.txt by regular expressions: names, {name: colour or None}, or None to be refused."""
     try:
@@ -371,25 +392,7 @@ def parsed_classes(raw):
         return None
     if "(ignored)" in names and names["(ignored)"] is None:
         return None
-    firsts = []
-    for name in names:
-        dense = "".join(name.split())
-        if any(bracket + mark in dense for bracket in "[({" for mark in "'\""):
-            return None
-        if name[0] in "'\"" or name in ("[", "(", "{") or name[-1] in ":,":
-            return None
-        if name[:2] in ("- ", "* ", "\u2022 "):
-            return None
-        while not (name[0].isalnum() or name[0] == "_"):
-            name = name[1:]
-        digits = name[: len(name) - len(name.lstrip("0123456789"))]
-        rest = name[len(digits) :]
-        if 1 <= len(digits) <= 3 and rest and not (rest[0].isalnum() or rest[0] == "_"):
-            firsts.append(int(digits))
-    count = len(names.keys() - {"(ignored)"})
-    if (len(firsts) > 1 and firsts == list(range(len(firsts)))) or (
-        firsts == list(range(1, count + 1))
-    ):
+    if is_list_of_a_tool(names):
         return None
     return names if 1 < len(names.keys() - {"(ignored)"}) < 256 else None
 

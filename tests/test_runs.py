@@ -837,38 +837,18 @@ def test_a_requeued_resume_into_another_folder_goes_on_there(street, tmp_path, m
     assert status == [143, 143, 143, 0] and same_run(tmp_path / "whole", tmp_path / "r")
 
 
-def test_stopped_after_a_resume_from_an_own_file_tells_to_leave_it_out(
+def test_of_the_runs_own_files_last_pt_alone_can_be_resumed(
     street, tmp_path, monkeypatch, capsys, stub
 ):
-    stops = [4]
-    stop_at(stops, monkeypatch)
+    """As if --resume were not given. An older file would replace what was trained since."""
+    stop_at([4], monkeypatch)
     assert trained(tmp_path / "r", street) == 143
-    assert "the same command goes on" in capsys.readouterr().err
-    again = ("--resume", tmp_path / "r" / "last.prev.pt")
-    stops += [5]
-    assert trained(tmp_path / "r", street, *again) == 143
-    assert "step 6, saved: the same command without --resume goes on" in capsys.readouterr().err
-    assert trained(tmp_path / "r", street) == 0
-    assert "last.pt at step 6" in capsys.readouterr().out
-
-
-def test_an_own_file_from_before_validation_is_saved_again(street, tmp_path, monkeypatch, stub):
-    """--resume of an own file whose epoch was not validated: last.pt becomes that step first."""
-    evaluation = evaluate.evaluate
-
-    def interrupted(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train, "evaluate", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        trained(tmp_path / "r", street)
-    shutil.copy(tmp_path / "r" / "last.pt", tmp_path / "r" / "epoch1.pt")
-    monkeypatch.setattr(train, "evaluate", evaluation)
-    assert trained(tmp_path / "r", street) == 0
-    monkeypatch.setattr(train, "evaluate", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        trained(tmp_path / "r", street, "--resume", tmp_path / "r" / "epoch1.pt")
-    assert checkpoint.read_checkpoint(tmp_path / "r" / "last.pt")["step"] == 3
+    with pytest.raises(InputError, match=r"is in --out, whose last\.pt it would replace"):
+        trained(tmp_path / "r", street, "--resume", tmp_path / "r" / "last.prev.pt")
+    assert trained(tmp_path / "r", street, "--resume", tmp_path / "r" / "last.pt") == 0
+    assert "last.pt at step 5 of 6" in capsys.readouterr().out
+    with pytest.raises(InputError, match="no such checkpoint"):
+        trained(tmp_path / "s", street, "--resume", tmp_path / "s" / "last.pt")
 
 
 def test_a_refused_start_leaves_no_folder_behind(street, run_folder, tmp_path, stub):
