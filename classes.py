@@ -101,7 +101,7 @@ IGNORED = "(ignored)"  # in classes.txt: not a class, the colour of pixels witho
 # Numbers may be separated as other tools do it: `road:128,64,128::`.
 SEPARATORS = r"[\s,:;=|()\[\]{}\"']+"
 NUMBER = r"[-+]?[0-9]+(\.[0-9]*)?"
-# A name in quotes, after a bullet or a bracket that opens a list, or before a colon or comma.
+# Quotes or a bullet at the start, a bracket that opens a list, a colon or comma at the end.
 SYNTAX = r"^['\"]|^[-*\u2022] |[\[({]\s*['\"]|^[\[({]$|[:,]$"
 
 
@@ -209,7 +209,7 @@ def _parse_class(line: str, place: str) -> tuple[str, Color | None]:
 
 
 def _check_name(name: str, got: str, expected: str) -> None:
-    """InputError, of the words got and expected, for a name that is none."""
+    """Raise InputError if a name is none. got, expected: parts of its text."""
     if re.search(SYNTAX, name):
         what = f"as in YAML, JSON or code; {expected}: leave quotes, brackets and signs out"
         raise InputError(f"{got}, {what}")

@@ -271,7 +271,8 @@ def warn_of_labels(matrix: Tensor, split: str, rank: int) -> None:
     """Warn, on rank 0, if the pixels are of fewer than two classes, as 0/255 masks have them."""
     if rank == 0 and (matrix.sum(1) > 0).sum() < 2:
         what = f"the labels of {split!r} hold fewer than two classes"
-        print_line(f"warning: {what}: look at them with check.py, the mIoU is no score", error=True)
+        told = f"warning: {what}, so the mIoU says nothing: look at them with check.py"
+        print_line(told, error=True)
 
 
 def all_ranks(counts: Tensor, world: int) -> Tensor:

@@ -257,7 +257,7 @@ def update_ema(ema: nn.Module, net: nn.Module, decay: float) -> None:
 
 
 def log_step(run: Run, board: Board, share: Tensor, clock: Clock) -> None:
-    """Add the losses since the last time, print the step's line, draw its values."""
+    """Add the losses to the epoch's sums, print the step's line, draw its values."""
     add_losses(run)
     loss = sum_over_ranks(share.tolist())[0]
     speed = clock.steps_per_second(run.step) * run.args.batch
